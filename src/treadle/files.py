@@ -1,0 +1,160 @@
+"""Files that are either whole or absent: atomic writes, contained paths, digests."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from treadle.errors import FormatError, InputError, UnavailableError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: written beside it, fsynced, renamed, so that it is never half a file.
+
+    Raises:
+        UnavailableError: the disk refuses (full, read-only); `path` is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write ({error.strerror})", where=path, remedy="free space or choose another folder"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace `path` by the canonical JSON of `content` (see `canonical_json`)."""
+    write_bytes(path, canonical_json(content))
+
+
+def canonical_json(content: object) -> bytes:
+    """The one UTF-8 rendering of `content` that treadle stores and hashes: indented, order kept, no NaN."""
+    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: there is no such file.
+        FormatError: it is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError("no such file", where=path, remedy="check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not valid JSON ({error})", where=path, remedy="write the file again") from error
+    if not isinstance(content, dict):
+        raise FormatError("expected a JSON object", where=path, remedy="write the file again")
+    return content
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` when the block ends, and vanishes if it raises.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is false.
+        UnavailableError: the disk refuses; what stood at `path` stands there still.
+    """
+    if path.exists() and not overwrite:
+        raise InputError("already exists", where=path, remedy="choose another name or pass overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        _swap(temporary, path)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write ({error.strerror})", where=path, remedy="free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Put `temporary` at `path`; what stood there is moved aside first and put back if the move fails."""
+    if not path.exists():
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    os.rename(path, aside / path.name)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(aside / path.name, path)
+        raise
+    sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Flush the file's bytes to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the folder's entries to the disk, where the platform can."""
+    if os.name == "nt":  # Windows has no folder handles to flush
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, as 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checked_name(name: str, *, where: object = None) -> str:
+    """`name` itself, if it may be a file's name: letters, digits, `.`, `_`, `-`, at most 64, no leading dot.
+
+    Raises:
+        InputError: it may not, so no name ever climbs out of the folder it is joined to.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot be a name",
+            where=where,
+            remedy="use 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+        )
+    return name
+
+
+def contained(root: Path, relative: str) -> Path:
+    """`root / relative`, resolved.
+
+    Raises:
+        FormatError: the path is absolute or leaves `root` by `..` or a link.
+    """
+    path = (root / relative).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise FormatError(f"{relative!r} leaves the folder", where=root, remedy="do not use this folder: rebuild it")
+    return path
