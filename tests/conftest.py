@@ -1,0 +1,167 @@
+"""Small random models, a small tokenizer, the real models where they have been fetched, one fixed seed.
+
+Nothing of treadle is imported at the top: the jaxtyping hook must be in place before the first import.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the shell says
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 128
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    """Every test starts from the same torch generator."""
+    torch.manual_seed(0)
+    yield
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in eval mode, without gradients, as treadle loads its bases."""
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """Two decoder layers, 32 wide, grouped-query attention: Linear modules of four different shapes."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(11)
+    return frozen(LlamaForCausalLM(config))
+
+
+@pytest.fixture
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Two layers of Conv1D modules, whose weights are (in, out)."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(12)
+    return frozen(GPT2LMHeadModel(config))
+
+
+@pytest.fixture
+def tiny_bert() -> BertForSequenceClassification:
+    """A two-layer encoder with a head of three classes."""
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(13)
+    return frozen(BertForSequenceClassification(config))
+
+
+@pytest.fixture
+def tiny_t5() -> T5ForConditionalGeneration:
+    """A two-layer encoder and a two-layer decoder."""
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(14)
+    return frozen(T5ForConditionalGeneration(config))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: `<pad>` 0, `<bos>` 1, `<eos>` 2, `<unk>` 3, then punctuation, digits, letters and words.
+
+    Puts `<bos>` first, pads on the left.
+    """
+    words = "the a of is not good bad film question answer yes no why who where when positive negative colour number"
+    entries = ["<pad>", "<bos>", "<eos>", "<unk>", *".,:;?!'\"()-+=*/", *"0123456789", *"abcdefghijklmnopqrstuvwxyz"]
+    entries += [word for word in words.split() if word not in entries]
+    entries += [f"w{index}" for index in range(VOCABULARY - len(entries))]
+    core = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def fetched(name: str) -> Path:
+    """The folder of a catalogue model; skips the test where nobody has fetched it yet."""
+    from treadle.errors import TreadleError
+    from treadle.models.fetch import path_of
+
+    try:
+        return path_of(name)
+    except TreadleError as error:
+        pytest.skip(f"{name} is not in the cache ({error}): make models")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct."""
+    return fetched("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    return fetched("minilm-l6")
