@@ -1,0 +1,48 @@
+"""Reading a run's TOML into a frozen configuration, with errors of one line."""
+
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from treadle.errors import ConfigError
+
+
+class RunConfig(BaseModel):
+    """What every run configuration is: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_toml(path: Path, kind: type[Config]) -> Config:
+    """The configuration of type `kind` in the TOML file `path`.
+
+    Raises:
+        ConfigError: no such file, not TOML, or a key that is unknown, missing, of a wrong type or out of range.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError("no such file", where=path, remedy="check the path") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"not valid TOML ({error})", where=path, remedy="mend the file") from error
+    return checked(content, kind, where=path)
+
+
+def checked(content: dict[str, object], kind: type[Config], *, where: object) -> Config:
+    """The configuration of type `kind` with this content.
+
+    Raises:
+        ConfigError: names the first wrong key and what it should be.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        remedy = "delete the key" if first["type"] == "extra_forbidden" else f"see the keys of {kind.__name__} in the docs"
+        raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy=remedy) from error

@@ -1,0 +1,268 @@
+"""An adapter: its lora_B (and, if it is foreign, its own lora_A), stored as a folder that stock PEFT opens."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from treadle import files
+from treadle.errors import FormatError, MismatchError
+from treadle.family import peft_format
+from treadle.family.family import AdapterFamily
+from treadle.family.plan import LayerShape, RankPlan
+from treadle.models.identity import BaseIdentity
+
+FORMAT = "treadle.adapter/1"
+METADATA = "treadle.json"
+_RECORDED_PACKAGES = ("treadle", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an adapter comes from.
+
+    Attributes:
+        method: "sft", "dp-sgd", …; "foreign" for an adapter that treadle did not train.
+        data: the name of the training data, never a path.
+        epsilon: its privacy budget, or None where nothing was accounted (shown as "none").
+        delta: the δ that belongs to epsilon.
+        data_sha256: digest of the training data; only ever set for data declared public.
+        seeds: what fixed the run's random choices.
+        settings: the run's other choices, by name.
+        versions: of the packages that made it.
+    """
+
+    method: str
+    data: str = ""
+    epsilon: float | None = None
+    delta: float | None = None
+    data_sha256: str | None = None
+    seeds: Mapping[str, int] = field(default_factory=dict[str, int])
+    settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict[str, str | int | float | bool | None])
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that shape an adapter."""
+    return {name: version(name) for name in _RECORDED_PACKAGES}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        name: letters, digits, `.`, `_`, `-`.
+        plan: rank and alpha a module.
+        lora_A: (rank, in_features) a module; for a member of a family, the family's own.
+        lora_B: (out_features, rank) a module, as PEFT stores it (scaling not folded in).
+        family: the family's fingerprint, or None for a foreign adapter.
+        base: the base it was trained on; None is "unverified base", as foreign adapters carry no hash.
+        task_type: PEFT's task type ("CAUSAL_LM", …) or None.
+        transposed: whether its layers are Conv1D.
+    """
+
+    name: str
+    plan: RankPlan
+    lora_A: Mapping[str, Tensor]
+    lora_B: Mapping[str, Tensor]
+    family: str | None
+    base: BaseIdentity | None
+    provenance: Provenance
+    task_type: str | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        files.checked_name(self.name)
+        object.__setattr__(self, "lora_A", MappingProxyType(dict(self.lora_A)))
+        object.__setattr__(self, "lora_B", MappingProxyType(dict(self.lora_B)))
+
+    @staticmethod
+    def of_family(
+        family: AdapterFamily,
+        name: str,
+        lora_B: Mapping[str, Tensor],
+        *,
+        provenance: Provenance,
+        task_type: str | None = None,
+        transposed: bool = False,
+    ) -> "Adapter":
+        """The member of `family` with these lora_B.
+
+        Raises:
+            MismatchError: a module is missing, unknown or of a wrong shape.
+            FormatError: a value is NaN or infinite.
+        """
+        plan = family.plan
+        if lora_B.keys() != plan.modules.keys():
+            raise MismatchError("its modules are not the family's", where=name, remedy="train it in this family")
+        for module, row in plan.modules.items():
+            if tuple(lora_B[module].shape) != (row.out_features, row.rank):
+                raise MismatchError(
+                    f"{module!r} has lora_B {tuple(lora_B[module].shape)}, the family {(row.out_features, row.rank)}",
+                    where=name,
+                    remedy="train it in this family",
+                )
+            if not torch.isfinite(lora_B[module]).all():
+                raise FormatError(f"{module!r} holds NaN or Inf", where=name, remedy="train the adapter again")
+        ordered = {module: lora_B[module].detach().cpu().float().contiguous() for module in plan.modules}
+        return Adapter(
+            name, plan, family.lora_A, ordered, family.fingerprint, family.base, provenance, task_type, transposed
+        )
+
+    def folded_B(self, module: str) -> Tensor:
+        """scaling · lora_B of the module, (out_features, rank), so that the update is folded_B · A · x."""
+        scaling = self.plan.modules[module].scaling
+        return self.lora_B[module].float() * scaling
+
+    def folded(self) -> dict[str, Tensor]:
+        """`folded_B` of every module."""
+        return {module: self.folded_B(module) for module in self.lora_B}
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Write a PEFT folder with `treadle.json` beside it, whole or not at all.
+
+        Raises:
+            InputError: the folder exists and `overwrite` is false.
+        """
+        config = peft_format.lora_config(
+            self.plan,
+            base_name=self.base.name if self.base else "",
+            task_type=self.task_type,
+            transposed=self.transposed,
+        )
+        with files.new_folder(folder, overwrite=overwrite) as temporary:
+            peft_format.write(temporary, config, self.lora_A, self.lora_B)
+            files.write_json(temporary / METADATA, self._metadata(temporary))
+
+    def _metadata(self, folder: Path) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "family": self.family,
+            "base": {"name": self.base.name, "sha256": self.base.sha256} if self.base else None,
+            "transposed": self.transposed,
+            "weights_sha256": files.sha256_of(folder / peft_format.WEIGHTS),
+            "provenance": asdict(self.provenance) | {"epsilon": "none" if self.provenance.epsilon is None else self.provenance.epsilon},
+        }
+
+    @staticmethod
+    def load(folder: Path, *, family: AdapterFamily | None = None, name: str | None = None) -> "Adapter":
+        """The adapter in a PEFT folder; without `treadle.json` it is foreign and its base unverified.
+
+        Args:
+            folder: what PEFT's `save_pretrained` or `Adapter.save` wrote.
+            family: if given, a member must belong to it, bit for bit in its lora_A.
+            name: another name for it than the stored one, or the folder's.
+
+        Raises:
+            InputError: a file is missing.
+            FormatError: a file is damaged, or was changed since it was saved.
+            UnsupportedError: it is not of the form B·A·x, or a pickle.
+            MismatchError: it belongs to another family or base.
+        """
+        stored = peft_format.read(folder)
+        if not (folder / METADATA).exists():
+            label = name or files.checked_name(folder.resolve().name, where=folder)
+            return Adapter(
+                label, stored.plan, stored.lora_A, stored.lora_B, None, None, Provenance("foreign"), stored.task_type
+            )
+        content = files.read_json(folder / METADATA)
+        if content.get("format") != FORMAT:
+            raise FormatError(f"key 'format' is not {FORMAT!r}", where=folder / METADATA, remedy="save it again")
+        if content.get("weights_sha256") != files.sha256_of(folder / peft_format.WEIGHTS):
+            raise FormatError(
+                "the weights are not those that treadle.json describes",
+                where=folder,
+                remedy="restore the folder, or delete treadle.json to load it as foreign",
+            )
+        adapter = Adapter(
+            name or str(content.get("name")),
+            _ordered(stored.plan, family),
+            stored.lora_A,
+            stored.lora_B,
+            _optional_text(content.get("family")),
+            _base_of(content.get("base"), folder),
+            provenance_of(content.get("provenance"), where=folder / METADATA),
+            stored.task_type,
+            bool(content.get("transposed")),
+        )
+        return adapter.member_of(family) if family is not None and adapter.family is not None else adapter
+
+    def member_of(self, family: AdapterFamily) -> "Adapter":
+        """This adapter with the family's own lora_A, once it is proved to be a member.
+
+        Raises:
+            MismatchError: another base, another family, or a lora_A that differs in one bit.
+        """
+        if self.base is not None and self.base.sha256 != family.base.sha256:
+            raise MismatchError(
+                f"trained on base {self.base.name!r} ({self.base.sha256[:12]}), "
+                f"the family's is {family.base.name!r} ({family.base.sha256[:12]})",
+                where=self.name,
+                remedy="use adapters of one base",
+            )
+        if self.family != family.fingerprint:
+            raise MismatchError(
+                f"belongs to family {(self.family or 'none')[:12]}, not to {family.fingerprint[:12]}",
+                where=self.name,
+                remedy="train it in this family, or delete its treadle.json to add it as foreign",
+            )
+        for module, A in family.lora_A.items():
+            if module not in self.lora_A or not torch.equal(self.lora_A[module], A):
+                raise MismatchError(f"its lora_A of {module!r} is not the family's", where=self.name, remedy="restore it")
+        lora_B = {module: self.lora_B[module] for module in family.plan.modules}
+        return Adapter(
+            self.name,
+            family.plan,
+            family.lora_A,
+            lora_B,
+            self.family,
+            family.base,
+            self.provenance,
+            self.task_type,
+            self.transposed,
+        )
+
+    def shapes(self) -> dict[str, LayerShape]:
+        """The shape of every adapted layer."""
+        return {name: row.shape for name, row in self.plan.modules.items()}
+
+
+def _ordered(plan: RankPlan, family: AdapterFamily | None) -> RankPlan:
+    """The plan in the family's order of modules (a safetensors file keeps none)."""
+    if family is None or family.plan.modules.keys() != plan.modules.keys():
+        return plan
+    return RankPlan({name: plan.modules[name] for name in family.plan.modules}, plan.provenance)
+
+
+def _optional_text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _base_of(value: object, folder: Path) -> BaseIdentity | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not {"name", "sha256"} <= value.keys():
+        raise FormatError("key 'base' lacks 'name' or 'sha256'", where=folder / METADATA, remedy="save it again")
+    return BaseIdentity(str(value["name"]), str(value["sha256"]))
+
+
+def provenance_of(value: object, *, where: object) -> Provenance:
+    """The provenance in a JSON object.
+
+    Raises:
+        FormatError: it is not the object that `Adapter.save` writes.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("method"), str):
+        raise FormatError("key 'provenance' lacks 'method'", where=where, remedy="save the adapter again")
+    epsilon = value.get("epsilon")
+    try:
+        return Provenance(**(value | {"epsilon": None if epsilon == "none" else epsilon}))
+    except TypeError as error:
+        raise FormatError(f"key 'provenance': {error}", where=where, remedy="save the adapter again") from error
+
