@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the shel
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,10 +31,9 @@ VOCABULARY = 128
 
 
 @pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
+def seed() -> None:
     """Every test starts from the same torch generator."""
     torch.manual_seed(0)
-    yield
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
