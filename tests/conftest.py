@@ -144,13 +144,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def fetched(name: str) -> Path:
     """The folder of a catalogue model; skips the test where nobody has fetched it yet."""
-    from treadle.errors import TreadleError
-    from treadle.models.fetch import path_of
+    from treadle.models.catalogue import entry
+    from treadle.models.fetch import fetched_folder, is_whole
 
-    try:
-        return path_of(name)
-    except TreadleError as error:
-        pytest.skip(f"{name} is not in the cache ({error}): make models")
+    folder = fetched_folder(name)
+    if not is_whole(entry(name), folder):
+        pytest.skip(f"{name} is not in the cache: run make models")
+    return folder
 
 
 @pytest.fixture(scope="session")
