@@ -1,0 +1,1 @@
+"""Rows, prompts, tasks and public text: what adapters are trained on, measured on and calibrated with."""

@@ -1,0 +1,111 @@
+"""Templates that turn a row of data into a prompt and its completion."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from treadle.errors import ConfigError, InputError
+
+Row = Mapping[str, object]
+
+# `{{` and `}}` stand for braces, `{name}` for a field; whatever else has a brace is a mistake in the template.
+_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with the completion that answers it, as a model reads them: the text is `prompt + completion`.
+
+    Attributes:
+        prompt: what stands before the answer.
+        completion: the answer, with the white space that joins it to the prompt.
+        label: the right answer as data (a class, a letter, a normalised string); None where there is none.
+        candidates: the completions to choose among by likelihood; empty where the answer is generated.
+        program: for generated code, the text to put before and after it to make the program that checks it.
+    """
+
+    prompt: str
+    completion: str
+    label: str | None = None
+    candidates: tuple[str, ...] = ()
+    program: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    r"""A prompt and a completion with `{field}` marks; `{{` and `}}` are literal braces.
+
+    Only plain names are fields: there is no attribute access, no index, no format specification, and what a field
+    holds is never read as a template.
+
+    >>> Template("Classify: {text}\nAnswer:", " {label}").render({"text": "so {good}", "label": 1})
+    ('Classify: so {good}\nAnswer:', ' 1')
+
+    Raises:
+        ConfigError: a brace that is neither a plain `{field}` nor doubled.
+    """
+
+    prompt: str
+    completion: str
+
+    def __post_init__(self) -> None:
+        """Find a template's mistakes before any data are read."""
+        fields_of(self.prompt)
+        fields_of(self.completion)
+
+    def render(self, row: Row, *, where: object = None) -> tuple[str, str]:
+        """The row's prompt and completion.
+
+        Raises:
+            InputError: the row lacks a field; names it, and the fields that there are.
+        """
+        return fill(self.prompt, row, where=where), fill(self.completion, row, where=where)
+
+
+def fields_of(text: str) -> tuple[str, ...]:
+    """The fields that a template names, in order of appearance, each once.
+
+    Raises:
+        ConfigError: a brace that is neither a plain `{field}` nor doubled.
+    """
+    found: dict[str, None] = {}
+    for match in _PIECE.finditer(text):
+        if match.group(1):
+            found[match.group(1)] = None
+        elif match.group() in "{}":
+            excerpt = text[max(0, match.start() - 10) : match.end() + 20]
+            raise ConfigError(
+                f"the template has a stray brace near {excerpt!r}",
+                remedy="write {name} for a field, {{ and }} for braces; attributes and indices are not read",
+            )
+    return tuple(found)
+
+
+def fill(text: str, row: Row, *, where: object = None) -> str:
+    """The template with each `{field}` replaced by the row's value, once: braces in values stay what they are.
+
+    Raises:
+        InputError: the row lacks a field; names it, and the fields that there are.
+    """
+
+    def piece(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return value_of(row, name, where=where) if name else match.group()[0]
+
+    return _PIECE.sub(piece, text)
+
+
+def value_of(row: Row, name: str, *, where: object = None) -> str:
+    """The row's field as text.
+
+    Raises:
+        InputError: there is no such field, or it is neither text nor a number.
+    """
+    value = row.get(name)
+    if value is None:
+        there = ", ".join(sorted(row)) or "none"
+        raise InputError(f"no field {name!r}; the fields are: {there}", where=where, remedy="name one of these")
+    if not isinstance(value, str | int | float):
+        kind = type(value).__name__
+        raise InputError(f"field {name!r} holds a {kind}, not text or a number", where=where, remedy="flatten it")
+    return str(value)

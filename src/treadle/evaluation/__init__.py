@@ -1,0 +1,1 @@
+"""Measuring: likelihoods, generation, generated code, intervals."""
