@@ -128,7 +128,9 @@ class AdapterFamily:
         except (KeyError, TypeError) as error:
             raise FormatError(f"key {error} is missing", where=folder / METADATA, remedy="restore the file") from error
         if not isinstance(plan, dict) or not isinstance(seed, int):
-            raise FormatError("'plan' must be an object and 'seed' an integer", where=folder / METADATA, remedy="restore the file")
+            raise FormatError(
+                "'plan' must be an object and 'seed' an integer", where=folder / METADATA, remedy="restore the file"
+            )
         path = folder / WEIGHTS
         lora_A = read_tensors(path)
         if files.sha256_of(path) != digest:

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from treadle.errors import MismatchError, UnsupportedError
 from treadle.family.plan import LayerShape
 
-Delta = Callable[[Tensor], Tensor]
-"""What a hook adds: maps a layer's input (..., in_features) to (..., out_features)."""
+Delta = Callable[[Tensor], Tensor | None]
+"""What a hook adds: maps a layer's input (..., in_features) to (..., out_features), or to None to add nothing."""
 
 
 def linear_shapes(model: nn.Module, kinds: Sequence[str] | None = None) -> dict[str, LayerShape]:
@@ -78,7 +78,9 @@ def adapted_layers(model: nn.Module, shapes: Mapping[str, LayerShape]) -> dict[s
     found: dict[str, nn.Module] = {}
     for name, shape in shapes.items():
         if name not in modules:
-            raise MismatchError(f"the model has no module {name!r}", remedy="use the base that the adapter was made for")
+            raise MismatchError(
+                f"the model has no module {name!r}", remedy="use the base that the adapter was made for"
+            )
         actual = _shape_of(modules[name])
         if actual != shape:
             raise MismatchError(
@@ -112,10 +114,10 @@ class Attachment:
         self.remove()
 
 
-def _hook_of(delta: Delta) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-        x = inputs[0] if inputs else next(iter(named.values()))
-        return output + delta(x).to(output.dtype)
+def _hook_of(delta: Delta) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
+        added = delta(inputs[0] if inputs else next(iter(named.values())))
+        return None if added is None else output + added.to(output.dtype)
 
     return hook
 
@@ -152,13 +154,23 @@ def low_rank_delta(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"
 
 
 @contextlib.contextmanager
-def trainable(model: nn.Module, lora_A: Mapping[str, Tensor], shapes: Mapping[str, LayerShape]) -> Iterator[dict[str, nn.Parameter]]:
-    """Yield a zero-initialised trainable B a module, injected until the block ends; the model itself is frozen."""
+def trainable(
+    model: nn.Module, lora_A: Mapping[str, Tensor], shapes: Mapping[str, LayerShape]
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield a zero-initialised trainable B a module, injected until the block ends.
+
+    Within the block the model itself is frozen; afterwards each of its parameters asks for gradients as before.
+    """
     device = next(model.parameters()).device
-    model.requires_grad_(False)
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     lora_B = {
         name: nn.Parameter(torch.zeros(shape.out_features, lora_A[name].shape[0], device=device))
         for name, shape in shapes.items()
     }
-    with inject(model, lora_A, lora_B):
-        yield lora_B
+    try:
+        model.requires_grad_(False)
+        with inject(model, lora_A, lora_B):
+            yield lora_B
+    finally:
+        for parameter, requires_grad in asked.items():
+            parameter.requires_grad_(requires_grad)

@@ -83,9 +83,7 @@ def _anchored(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def write(
-    folder: Path, config: LoraConfig, lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor]
-) -> None:
+def write(folder: Path, config: LoraConfig, lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor]) -> None:
     """Write the two files of a PEFT adapter into an existing folder."""
     tensors = {_key(name, "A"): A for name, A in lora_A.items()} | {_key(name, "B"): B for name, B in lora_B.items()}
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
@@ -115,7 +113,9 @@ def read(folder: Path) -> PeftFolder:
     lora_A, lora_B = _sides(folder / WEIGHTS, read_tensors(folder / WEIGHTS))
     plan = _plan_of(folder, config, lora_A, lora_B)
     task = config.get("task_type")
-    return PeftFolder(plan, lora_A, lora_B, str(config.get("base_model_name_or_path") or ""), str(task) if task else None)
+    return PeftFolder(
+        plan, lora_A, lora_B, str(config.get("base_model_name_or_path") or ""), str(task) if task else None
+    )
 
 
 def _refuse(path: Path, config: Mapping[str, object]) -> None:
@@ -123,7 +123,9 @@ def _refuse(path: Path, config: Mapping[str, object]) -> None:
         raise UnsupportedError(f"peft_type is {config.get('peft_type')!r}", where=path, remedy="give a LORA adapter")
     for key, reason in _REFUSED.items():
         if config.get(key):
-            raise UnsupportedError(f"key {key!r} is set: {reason}", where=path, remedy=f"train the adapter without {key}")
+            raise UnsupportedError(
+                f"key {key!r} is set: {reason}", where=path, remedy=f"train the adapter without {key}"
+            )
     if config.get("bias", "none") != "none":
         raise UnsupportedError("key 'bias' trains biases of the base", where=path, remedy="train with bias='none'")
     start = config.get("init_lora_weights")
@@ -155,7 +157,11 @@ def _sides(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UnsupportedError(f"tensor {key!r} is neither lora_A nor lora_B of a layer", where=path, remedy="train on Linear or Conv1D layers only")
+            raise UnsupportedError(
+                f"tensor {key!r} is neither lora_A nor lora_B of a layer",
+                where=path,
+                remedy="train on Linear or Conv1D layers only",
+            )
         if not torch.isfinite(tensor).all():
             raise FormatError(f"tensor {key!r} holds NaN or Inf", where=path, remedy="train the adapter again")
         sides[match["side"]][match["module"]] = tensor
@@ -165,7 +171,9 @@ def _sides(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     return sides["A"], sides["B"]
 
 
-def _plan_of(folder: Path, config: Mapping[str, object], lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor]) -> RankPlan:
+def _plan_of(
+    folder: Path, config: Mapping[str, object], lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor]
+) -> RankPlan:
     """The plan that the config and the stored shapes agree on."""
     rank_of, alpha_of = _pattern(config, "rank_pattern", "r"), _pattern(config, "alpha_pattern", "lora_alpha")
     modules: dict[str, ModulePlan] = {}
@@ -188,6 +196,10 @@ def _pattern(config: Mapping[str, object], key: str, default: str) -> Callable[[
     """How PEFT looks a module's rank or alpha up: first matching pattern key, else the default."""
     pattern, fallback = config.get(key) or {}, config.get(default)
     if not isinstance(pattern, dict) or not isinstance(fallback, int | float):
-        raise FormatError(f"keys {key!r} and {default!r} must be an object and a number", where=CONFIG, remedy="save the adapter again")
+        raise FormatError(
+            f"keys {key!r} and {default!r} must be an object and a number",
+            where=CONFIG,
+            remedy="save the adapter again",
+        )
     keys: Iterable[str] = [str(k) for k in pattern]
     return lambda name: float(pattern.get(get_pattern_key(list(keys), name), fallback))

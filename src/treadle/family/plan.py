@@ -71,7 +71,9 @@ class RankPlan:
         for name, module in self.modules.items():
             limit = min(module.in_features, module.out_features)
             if not 1 <= module.rank <= limit:
-                raise InputError(f"rank {module.rank} is outside 1..{limit}", where=name, remedy="drop the module or change its rank")
+                raise InputError(
+                    f"rank {module.rank} is outside 1..{limit}", where=name, remedy="drop the module or change its rank"
+                )
             if not 0 < module.lora_alpha < float("inf"):
                 raise InputError(f"lora_alpha {module.lora_alpha} is not positive", where=name, remedy="use alpha > 0")
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
@@ -80,7 +82,9 @@ class RankPlan:
     @staticmethod
     def uniform(shapes: Mapping[str, LayerShape], *, rank: int, scaling: float = 1.0) -> "RankPlan":
         """The plan that gives every module the same rank, and alpha = scaling · rank."""
-        return RankPlan.of_ranks(shapes, dict.fromkeys(shapes, rank), scaling=scaling, provenance={"allocator": "uniform"})
+        return RankPlan.of_ranks(
+            shapes, dict.fromkeys(shapes, rank), scaling=scaling, provenance={"allocator": "uniform"}
+        )
 
     @staticmethod
     def of_ranks(
@@ -97,7 +101,9 @@ class RankPlan:
         """
         unknown = [name for name in ranks if name not in shapes]
         if unknown:
-            raise MismatchError(f"the model has no module {unknown[0]!r}", remedy="use the names of model.named_modules()")
+            raise MismatchError(
+                f"the model has no module {unknown[0]!r}", remedy="use the names of model.named_modules()"
+            )
         modules = {
             name: ModulePlan(ranks[name], scaling * ranks[name], shape.in_features, shape.out_features)
             for name, shape in shapes.items()
@@ -154,7 +160,9 @@ class RankPlan:
             FormatError: a key is missing, of a wrong type, or a module stands there twice.
         """
         if content.get("format") != FORMAT:
-            raise FormatError(f"key 'format' is not {FORMAT!r}", where=where, remedy="give a plan.json of `treadle plan`")
+            raise FormatError(
+                f"key 'format' is not {FORMAT!r}", where=where, remedy="give a plan.json of `treadle plan`"
+            )
         rows, provenance = content.get("modules"), content.get("provenance", {})
         if not isinstance(rows, list) or not isinstance(provenance, dict):
             raise FormatError("key 'modules' must be a list, 'provenance' an object", where=where, remedy="plan again")

@@ -1,0 +1,1 @@
+"""What trains adapters: supervised fine-tuning of the B of one family."""

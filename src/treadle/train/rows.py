@@ -1,0 +1,185 @@
+"""Examples as token numbers, of a length that fits, and the choice among them."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from treadle import files, randomness
+from treadle.data.prompts import Example
+from treadle.errors import InputError
+from treadle.train.objectives import Kind, kind_of
+from treadle.train.settings import SftSettings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as a model takes it.
+
+    Attributes:
+        prompt: the token numbers that are read.
+        target: those that are learnt, the end of sequence last; for a classifier the number of the class alone.
+        truncated: whether the prompt lost its beginning.
+    """
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    truncated: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """What the example costs, in tokens."""
+        return len(self.prompt) + len(self.target)
+
+
+def mixed(trained: Sequence[Example], bare: Sequence[Example], *, share: float, seed: int) -> list[Example]:
+    """The examples in order, each in one of two forms: `share` of them (rounded) bare, drawn from the seed.
+
+    Routing on bare text is better where half of the training dropped the instruction.
+
+    Args:
+        trained: the examples with their instruction.
+        bare: the same examples without.
+        share: in [0, 1].
+        seed: any integer.
+
+    Raises:
+        InputError: the two lists differ in length, or `share` is no share.
+    """
+    if len(trained) != len(bare):
+        raise InputError(f"{len(trained)} examples stand beside {len(bare)} bare ones", remedy="give pairs")
+    if not 0 <= share <= 1:
+        raise InputError(f"drop_instruction is {share}", remedy="it must be in [0, 1]")
+    dropped = set(shuffled(len(trained), seed, "drop_instruction")[: round(share * len(trained))])
+    return [bare[i] if i in dropped else trained[i] for i in range(len(trained))]
+
+
+def shuffled(count: int, seed: int, name: str) -> list[int]:
+    """The numbers below `count` in an order drawn from (seed, name), the same on every machine."""
+    return [int(i) for i in np.argsort(randomness.uniform(seed, name, (count,)), kind="stable")]
+
+
+def encoded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: SftSettings
+) -> list[Row]:
+    """The examples as rows, in their order.
+
+    Prompt and completion are tokenised apart, so that the border between them is where generation will begin: the
+    prompt with the tokenizer's special tokens, the completion without and with an end of sequence. The white space
+    between them belongs to the completion, which the template provides. For a classifier the completion, stripped,
+    is the name of a class.
+
+    Raises:
+        InputError: there is no example, a completion is empty or no class, a prompt has no token, or an example
+            is longer than permitted.
+    """
+    if not examples:
+        raise InputError("there is no example to train on", remedy="check the data file and its filters")
+    limit = _limit(model, settings)
+    kind = kind_of(model)
+    return [_row(model, tokenizer, kind, example, (i, limit, settings)) for i, example in enumerate(examples)]
+
+
+def _limit(model: PreTrainedModel, settings: SftSettings) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(settings.max_length, positions) if isinstance(positions, int) else settings.max_length
+
+
+def _row(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    example: Example,
+    place: tuple[int, int, SftSettings],
+) -> Row:
+    index, limit, settings = place
+    where = f"example {index + 1}"
+    if not example.completion.strip():
+        raise InputError("its completion is empty", where=where, remedy="drop it or fill its field")
+    if kind is Kind.CLASSIFIER:
+        target, room = (_class_of(model, example, where),), limit
+    else:
+        target = _target(tokenizer, example, where)
+        room = limit - len(target) if kind is Kind.CAUSAL else limit
+    if room < 1 or len(target) > limit:
+        raise InputError(
+            f"its completion alone has {len(target)} tokens of {limit}", where=where, remedy="raise max_length"
+        )
+    prompt, special = _prompt(tokenizer, example, where)
+    if len(prompt) <= room:
+        return Row(prompt, target)
+    if settings.overlong == "refuse":
+        raise InputError(
+            f"it has {len(prompt) + len(target)} tokens, at most {limit} are permitted",
+            where=where,
+            remedy="raise max_length or set overlong = 'truncate'",
+        )
+    return Row(_cut(prompt, special, room), target, truncated=True)
+
+
+def _class_of(model: PreTrainedModel, example: Example, where: str) -> int:
+    names = {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
+    label = example.completion.strip()
+    if label not in names:
+        raise InputError(f"{label!r} is no class of the model", where=where, remedy=f"choose among {', '.join(names)}")
+    return names[label]
+
+
+def _target(tokenizer: PreTrainedTokenizerBase, example: Example, where: str) -> tuple[int, ...]:
+    tokens = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise InputError("its completion has no token", where=where, remedy="use characters that the tokenizer knows")
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise InputError("the tokenizer has no end of sequence", remedy="set its eos_token")
+    return (*tokens, end)
+
+
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, example: Example, where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The prompt's tokens, and for each whether the tokenizer put it there."""
+    encoding = tokenizer(example.prompt, return_special_tokens_mask=True, verbose=False)
+    if not encoding["input_ids"]:
+        raise InputError("its prompt has no token", where=where, remedy="begin the template with some text")
+    return tuple(encoding["input_ids"]), tuple(encoding["special_tokens_mask"])
+
+
+def _cut(prompt: tuple[int, ...], special: tuple[int, ...], room: int) -> tuple[int, ...]:
+    """The last `room` tokens of the prompt, but the special tokens at both ends are kept where they fit."""
+    text = [i for i, is_special in enumerate(special) if not is_special]
+    begin, end = (text[0], text[-1] + 1) if text else (0, len(prompt))
+    kept = room - begin - (len(prompt) - end)
+    if kept < 1:
+        return prompt[-room:]
+    return prompt[:begin] + prompt[end - kept : end] + prompt[end:]
+
+
+def within_budget(rows: Sequence[Row], settings: SftSettings) -> list[int]:
+    """The indices of the rows to train on: shuffled, and cut where the next one would pass `max_tokens`.
+
+    Raises:
+        InputError: not even one row fits.
+    """
+    order = shuffled(len(rows), settings.seed, "selection")
+    if settings.max_tokens is None:
+        return order
+    spent, kept = 0, list[int]()
+    for index in order:
+        spent += rows[index].tokens * settings.epochs
+        if spent > settings.max_tokens:
+            break
+        kept.append(index)
+    if not kept:
+        raise InputError(
+            f"max_tokens = {settings.max_tokens} is less than one example needs", remedy="raise max_tokens"
+        )
+    return kept
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """The SHA-256 of the rows; a checkpoint keeps it beside the data, an adapter never does."""
+    content = [[list(row.prompt), list(row.target)] for row in rows]
+    return hashlib.sha256(files.canonical_json(content)).hexdigest()

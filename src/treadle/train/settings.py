@@ -1,0 +1,75 @@
+"""What a run of supervised fine-tuning is told, apart from its model, family and data."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from treadle.errors import ConfigError
+
+# How often a run is saved has no influence on what it makes.
+_WITHOUT_INFLUENCE = ("checkpoint_seconds",)
+
+
+@dataclass(frozen=True)
+class SftSettings:
+    """The choices of a run; two runs with equal settings, data and family make the same adapter.
+
+    Attributes:
+        learning_rate: the peak, at scaling 1 (lora_alpha is folded in afterwards); above 0.
+        epochs: passes over the data, at least 1.
+        max_tokens: tokens (prompt and completion, padding not counted) that the run may train on, all epochs
+            together; the shuffled examples are cut to fit. None trains on all of them.
+        batch_size: examples in one forward pass.
+        gradient_accumulation_steps: forward passes in one step of the optimiser.
+        warmup: share of the steps during which the learning rate rises to its peak, in [0, 1); it then falls
+            linearly towards 0.
+        weight_decay: AdamW's, on B alone.
+        max_grad_norm: the norm to which the gradient of all B is clipped.
+        max_length: tokens of one example; what is longer follows `overlong`.
+        overlong: "truncate" cuts the prompt from the left and counts it, "refuse" raises.
+        window: steps of the shuffled order among which examples of like length share a batch; 1 keeps the order.
+        seed: of the selection and the order of examples.
+        checkpoint_seconds: time between checkpoints; 0 saves after every step. No influence on the adapter.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    learning_rate: float = 2e-3
+    epochs: int = 1
+    max_tokens: int | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    overlong: Literal["truncate", "refuse"] = "truncate"
+    window: int = 8
+    seed: int = 0
+    checkpoint_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Hold every number to its range."""
+        for name in ("learning_rate", "max_grad_norm"):
+            self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "window"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("max_length", self.max_length >= 2, "at least 2")
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        self._require("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        self._require("checkpoint_seconds", self.checkpoint_seconds >= 0, "0 or more")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} is {getattr(self, name)}", remedy=f"it must be {expected}")
+
+    def decisive(self) -> dict[str, str | int | float | bool | None]:
+        """The settings that shape the adapter, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in _WITHOUT_INFLUENCE}
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`, counted from 0; never 0 itself."""
+        rising = min(round(self.warmup * steps), steps - 1)
+        share = (step + 1) / (rising + 1) if step < rising else (steps - step) / (steps - rising)
+        return self.learning_rate * share
