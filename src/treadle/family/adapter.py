@@ -19,6 +19,16 @@ from treadle.models.identity import BaseIdentity
 FORMAT = "treadle.adapter/1"
 METADATA = "treadle.json"
 _RECORDED_PACKAGES = ("treadle", "torch", "transformers", "peft")
+_PROVENANCE = {
+    "method": str,
+    "data": str,
+    "epsilon": int | float | None,
+    "delta": int | float | None,
+    "data_sha256": str | None,
+    "seeds": dict,
+    "settings": dict,
+    "versions": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class Provenance:
     delta: float | None = None
     data_sha256: str | None = None
     seeds: Mapping[str, int] = field(default_factory=dict[str, int])
-    settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict[str, str | int | float | bool | None])
+    settings: Mapping[str, str | int | float | bool | None] = field(
+        default_factory=dict[str, str | int | float | bool | None]
+    )
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -78,8 +90,8 @@ class Adapter:
 
     def __post_init__(self) -> None:
         files.checked_name(self.name)
-        object.__setattr__(self, "lora_A", MappingProxyType(dict(self.lora_A)))
-        object.__setattr__(self, "lora_B", MappingProxyType(dict(self.lora_B)))
+        object.__setattr__(self, "lora_A", MappingProxyType(self.lora_A))
+        object.__setattr__(self, "lora_B", MappingProxyType(self.lora_B))
 
     @staticmethod
     def of_family(
@@ -117,7 +129,8 @@ class Adapter:
     def folded_B(self, module: str) -> Tensor:
         """scaling · lora_B of the module, (out_features, rank), so that the update is folded_B · A · x."""
         scaling = self.plan.modules[module].scaling
-        return self.lora_B[module].float() * scaling
+        B = self.lora_B[module].float()
+        return B if scaling == 1.0 else B * scaling
 
     def folded(self) -> dict[str, Tensor]:
         """`folded_B` of every module."""
@@ -147,7 +160,8 @@ class Adapter:
             "base": {"name": self.base.name, "sha256": self.base.sha256} if self.base else None,
             "transposed": self.transposed,
             "weights_sha256": files.sha256_of(folder / peft_format.WEIGHTS),
-            "provenance": asdict(self.provenance) | {"epsilon": "none" if self.provenance.epsilon is None else self.provenance.epsilon},
+            "provenance": asdict(self.provenance)
+            | {"epsilon": "none" if self.provenance.epsilon is None else self.provenance.epsilon},
         }
 
     @staticmethod
@@ -214,7 +228,9 @@ class Adapter:
             )
         for module, A in family.lora_A.items():
             if module not in self.lora_A or not torch.equal(self.lora_A[module], A):
-                raise MismatchError(f"its lora_A of {module!r} is not the family's", where=self.name, remedy="restore it")
+                raise MismatchError(
+                    f"its lora_A of {module!r} is not the family's", where=self.name, remedy="restore it"
+                )
         lora_B = {module: self.lora_B[module] for module in family.plan.modules}
         return Adapter(
             self.name,
@@ -258,11 +274,15 @@ def provenance_of(value: object, *, where: object) -> Provenance:
     Raises:
         FormatError: it is not the object that `Adapter.save` writes.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("method"), str):
-        raise FormatError("key 'provenance' lacks 'method'", where=where, remedy="save the adapter again")
-    epsilon = value.get("epsilon")
-    try:
-        return Provenance(**(value | {"epsilon": None if epsilon == "none" else epsilon}))
-    except TypeError as error:
-        raise FormatError(f"key 'provenance': {error}", where=where, remedy="save the adapter again") from error
-
+    row = dict(value) if isinstance(value, dict) else {}
+    if row.get("epsilon") == "none":
+        row["epsilon"] = None
+    wrong = [key for key in row if key not in _PROVENANCE]
+    wrong += [key for key, kind in _PROVENANCE.items() if not isinstance(row.get(key), kind)]
+    if wrong:
+        raise FormatError(
+            f"key 'provenance.{wrong[0]}' is unknown, missing or of a wrong type",
+            where=where,
+            remedy="save the adapter again",
+        )
+    return Provenance(**row)

@@ -17,8 +17,8 @@ from treadle import files, randomness
 from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.peft_format import read_tensors
 from treadle.family.plan import ModulePlan, RankPlan
-from treadle.models.identity import BaseIdentity
-from treadle.models.loading import identify
+from treadle.models.identity import BaseIdentity, identify_folder
+from treadle.models.loading import model_folder
 
 FORMAT = "treadle.family/1"
 METADATA, WEIGHTS = "family.json", "lora_A.safetensors"
@@ -59,7 +59,7 @@ class AdapterFamily:
         """
         if init not in INITS:
             raise InputError(f"no such init {init!r}", remedy=f"choose among {', '.join(INITS)}")
-        identity = identify(base) if isinstance(base, str) else base
+        identity = identity_of(base) if isinstance(base, str) else base
         lora_A = {name: torch.from_numpy(INITS[init](seed, name, module)) for name, module in plan.modules.items()}
         return AdapterFamily.of_tensors(base=identity, plan=plan, lora_A=lora_A, init=init, seed=seed)
 
@@ -140,6 +140,17 @@ class AdapterFamily:
         if len(ordered) != len(ranks.modules) or len(lora_A) != len(ordered):
             raise FormatError("its modules are not those of the plan", where=path, remedy="restore the file")
         return AdapterFamily(identity, ranks, MappingProxyType(ordered), init, seed, path.read_bytes(), metadata)
+
+
+def identity_of(base: str) -> BaseIdentity:
+    """The identity of a base model given by a catalogue name, a folder or a hub id; a folder's label is its own name.
+
+    Raises:
+        InputError: there is no such model.
+        UnavailableError: it must be downloaded and cannot be.
+    """
+    folder = model_folder(base)
+    return identify_folder(folder, folder.name if Path(base).expanduser().is_dir() else base)
 
 
 def _kaiming(seed: int, name: str, module: ModulePlan) -> np.ndarray:

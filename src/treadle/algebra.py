@@ -1,0 +1,65 @@
+"""Tensor algebra of low-rank updates; knows nothing of models, adapters or files.
+
+Notation: z is (tokens, rank), B is (out, rank), G = BᵀB is (rank, rank), and the packed form of G has
+rank·(rank+1)/2 numbers: the upper triangle row by row, off-diagonals doubled.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FP32_UNIT = 2.0**-24
+"""The unit roundoff of float32: half the gap between 1 and the next number."""
+
+
+def packed_gram(B: Float[Tensor, "outer rank"]) -> Float[Tensor, " pairs"]:
+    """BᵀB, packed, in float64: ‖B z‖² is the inner product of this with `pair_products(z)`."""
+    B64 = B.double()
+    gram = B64.T @ B64
+    rows, columns = torch.triu_indices(gram.shape[0], gram.shape[0], device=gram.device)
+    packed = gram[rows, columns]
+    return torch.where(rows == columns, packed, 2.0 * packed)
+
+
+def pair_products(z: Float[Tensor, "tokens rank"]) -> Float[Tensor, "tokens pairs"]:
+    """The products z_i·z_j for i ≤ j, in the order of `packed_gram`."""
+    rows, columns = torch.triu_indices(z.shape[1], z.shape[1], device=z.device)
+    return z[:, rows] * z[:, columns]
+
+
+def squared_norm_error(z: Float[Tensor, "tokens rank"], traces: Float[Tensor, " adapters"]) -> Float[Tensor, "tokens adapters"]:
+    """How far a float32 inner product of `pair_products(z)` and packed Grams can be from ‖B z‖², at most.
+
+    Each of the p = r(r+1)/2 terms carries at most p + 5 roundings (two of z, one of the product, one of the stored
+    Gram, the summation in any order), and Σ abs(z_i z_j G_ij) ≤ ‖z‖²·tr G since abs(G_ij) ≤ √(G_ii G_jj).
+
+    Args:
+        z: the float32 (or wider) A·x.
+        traces: tr(BᵀB) of every adapter.
+    """
+    pairs = z.shape[1] * (z.shape[1] + 1) // 2
+    # 1.01 covers the roundings of this line itself and the second-order terms of the summation bound.
+    slack = 1.01 * (pairs + 5) * FP32_UNIT
+    return (slack * z.square().sum(1, keepdim=True)) * traces
+
+
+def top_right_singular_vector(
+    A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"]
+) -> Float[Tensor, " inner"]:
+    """The unit vector v that maximises ‖B A v‖, float64; zeros where B·A is zero.
+
+    B = QR gives B·A = Q·(R·A), so the wide product is never formed.
+    """
+    triangle = torch.linalg.qr(B.double(), mode="r").R
+    small = triangle @ A.double()
+    if not small.any():
+        return torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
+    return torch.linalg.svd(small, full_matrices=False).Vh[0]
+
+
+def update_norms(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"]) -> tuple[float, float]:
+    """The Frobenius and the spectral norm of B·A, by a QR of each factor."""
+    left = torch.linalg.qr(B.double(), mode="r").R
+    right = torch.linalg.qr(A.double().T, mode="r").R
+    values = torch.linalg.svdvals(left @ right.T)
+    return float(values.square().sum().sqrt()), float(values[0])

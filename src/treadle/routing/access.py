@@ -1,0 +1,45 @@
+"""Who may use which adapter: names in, one mask a row out, and every mistake an error rather than a guess."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from treadle.errors import AccessError
+
+Permitted = Sequence[Collection[str] | None]
+"""One set of adapter names a row; None permits all, an empty set leaves the base model."""
+
+
+def permitted_mask(
+    names: Sequence[str], permitted: Permitted | None, *, rows: int, required: bool
+) -> Bool[Tensor, "rows adapters"] | None:
+    """Which adapters each row may use; None where every row may use all.
+
+    Args:
+        names: the bank's adapters, in order.
+        permitted: the callers' sets, one a row, or None for all.
+        rows: of the batch.
+        required: whether the bank insists on a set for every row.
+
+    Raises:
+        AccessError: a set is missing where one is required, the rows do not match, or a name is unknown.
+    """
+    if permitted is None or any(allowed is None for allowed in permitted):
+        if required:
+            raise AccessError("this bank requires a set of permitted adapters", remedy="pass permitted=[{…}], one set a row")
+        if permitted is None:
+            return None
+    if isinstance(permitted, str) or any(isinstance(allowed, str) for allowed in permitted):
+        raise AccessError("a string is not a set of names", remedy="pass permitted=[{'name', …}], one set a row")
+    if len(permitted) != rows:
+        raise AccessError(f"{len(permitted)} permitted sets for {rows} rows", remedy="pass one set a row")
+    known = set(names)
+    for allowed in permitted:
+        unknown = sorted(set(allowed or ()) - known)
+        if unknown:
+            raise AccessError(f"unknown adapter {unknown[0]!r}", remedy="use names of `treadle bank list`")
+    return torch.tensor([[allowed is None or name in allowed for name in names] for allowed in permitted]).reshape(
+        rows, len(names)
+    )

@@ -1,0 +1,80 @@
+"""The exact argmax: float32 scores with proven error bounds, disputed decisions settled in float64.
+
+Order of work for every token: forbidden adapters are masked, then the best is taken, then every permitted adapter
+whose upper bound reaches the best lower bound is scored again from its stored matrices. Ties go to the adapter that
+stands first in the bank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from treadle.routing.factors import LayerFactors, exact_norms
+from treadle.routing.scores import Scores
+
+BASE = -1
+"""The place of "no adapter": the base model alone."""
+
+TIE = 1e-6
+"""Two scores closer than this, relative to max(1, abs(score)), are a tie."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who acts on each token at one layer.
+
+    Attributes:
+        winner: place in the bank, `BASE` where no permitted adapter is eligible.
+        runner_up: the second best permitted adapter, `BASE` where there is none.
+        margin: winner's score minus the runner-up's, 0 where there is no runner-up.
+        rescored: whether float64 settled it.
+    """
+
+    winner: Int[Tensor, " tokens"]
+    runner_up: Int[Tensor, " tokens"]
+    margin: Float[Tensor, " tokens"]
+    rescored: Bool[Tensor, " tokens"]
+
+
+def decide(factors: LayerFactors, x: Float[Tensor, "tokens inner"], scores: Scores, *, calibrated: bool) -> Decision:
+    """The argmax of the scores, exact: what float64 on the stored matrices would choose, ties by the bank's order.
+
+    Args:
+        factors: of the layer.
+        x: the layer's input, as the layer got it.
+        scores: of a scorer on the same x.
+        calibrated: whether they are z-scores (else plain norms).
+    """
+    value = scores.value.double()
+    contenders = scores.upper >= scores.lower.max(1, keepdim=True).values
+    contenders &= scores.value > -torch.inf
+    disputed = contenders.sum(1) > 1
+    if bool(disputed.any()):
+        value = _settled(factors, x, value, contenders & disputed[:, None], calibrated=calibrated)
+    return ranked(value, disputed)
+
+
+def ranked(value: Float[Tensor, "rows adapters"], rescored: Bool[Tensor, " rows"]) -> Decision:
+    """The decision for each row of scores: -inf never wins, and ties go to the adapter that stands first."""
+    best = value.max(1, keepdim=True).values
+    near = (value >= best - TIE * best.abs().clamp_min(1.0)) & (value > -torch.inf)
+    winner = torch.where(near.any(1), near.int().argmax(1), BASE)  # argmax of 0/1 is the first 1
+    first = winner.clamp_min(0)[:, None]
+    second, runner_up = value.scatter(1, first, -torch.inf).max(1)
+    there = second > -torch.inf
+    margin = torch.where(there, value.gather(1, first).squeeze(1) - second, 0.0).clamp_min(0.0)
+    return Decision(winner, torch.where(there, runner_up, BASE), margin.float(), rescored)
+
+
+def _settled(factors: LayerFactors, x: Tensor, value: Tensor, contenders: Tensor, *, calibrated: bool) -> Tensor:
+    """The values with every contender's replaced by its float64 score."""
+    value = value.clone()
+    for adapter in contenders.any(0).nonzero().flatten().tolist():
+        rows = contenders[:, adapter].nonzero().flatten()
+        norm = exact_norms(factors, adapter, x[rows])
+        if calibrated:
+            norm = (norm - factors.mean[adapter].double()) / factors.std[adapter].double()
+        value[rows, adapter] = norm
+    return value

@@ -1,0 +1,164 @@
+"""What routing needs of the adapters at one layer: small Gram factors, computed once and never in `forward`.
+
+Adapters of the family share A, so they form one group whose z = A·x is computed once; a foreign adapter is a group
+of its own, scored exactly by its own A, and costs its own product with x.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from treadle.algebra import packed_gram, pair_products, squared_norm_error, top_right_singular_vector
+from treadle.family.adapter import Adapter
+
+# Below this share of its mean, the spread of a norm is rounding, not signal.
+_RELATIVE_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Group:
+    """Adapters of one layer that share an A.
+
+    Attributes:
+        columns: their places in the bank.
+        A: (rank, inner), float32 as stored.
+        grams: (adapters of the group, pairs), float32: packed BᵀB with the scaling folded in.
+        traces: tr(BᵀB), float32.
+    """
+
+    columns: Tensor
+    A: Float[Tensor, "rank inner"]
+    grams: Float[Tensor, "members pairs"]
+    traces: Float[Tensor, " members"]
+
+    def to(self, device: torch.device) -> "Group":
+        """The same group on another device; the dtypes stay."""
+        return Group(self.columns.to(device), self.A.to(device), self.grams.to(device), self.traces.to(device))
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """All groups of one layer, and its calibration.
+
+    Attributes:
+        module: the layer's full name.
+        groups: the family's group first, if any adapter belongs to it, then the foreign ones.
+        present: (adapters,), whether the adapter has this layer.
+        mean: (adapters,) of ‖B A x‖, float32; NaN before calibration.
+        std: (adapters,) of ‖B A x‖, float32; NaN before calibration.
+        prototypes: (adapters, inner), ARROW's unit vectors, float32; None until `with_prototypes` is asked for them.
+        folded_B: loads the (out, rank) matrix of an adapter by its place in the bank.
+    """
+
+    module: str
+    groups: tuple[Group, ...]
+    present: Bool[Tensor, " adapters"]
+    mean: Float[Tensor, " adapters"]
+    std: Float[Tensor, " adapters"]
+    prototypes: Float[Tensor, "adapters inner"] | None
+    folded_B: Callable[[int], Tensor]
+
+    @property
+    def eligible(self) -> Bool[Tensor, " adapters"]:
+        """Which adapters have a z-score here: present, calibrated and trained (a zero B has no spread)."""
+        return self.present & (self.mean > 0) & (self.std > _RELATIVE_FLOOR * self.mean)
+
+    def to(self, device: torch.device) -> "LayerFactors":
+        """The same factors on another device; the dtypes stay."""
+        return replace(
+            self,
+            groups=tuple(group.to(device) for group in self.groups),
+            present=self.present.to(device),
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+            prototypes=None if self.prototypes is None else self.prototypes.to(device),
+        )
+
+    def group_of(self, adapter: int) -> Group | None:
+        """The group of the adapter at this place in the bank, None if it lacks this layer."""
+        return next((group for group in self.groups if adapter in group.columns.tolist()), None)
+
+
+def build_factors(module: str, adapters: Sequence[Adapter]) -> LayerFactors:
+    """The uncalibrated factors of one layer for the adapters of a bank, in their order."""
+    return assemble(module, adapters, [_group(module, adapters, columns) for columns in grouped(module, adapters)])
+
+
+def grouped(module: str, adapters: Sequence[Adapter]) -> list[list[int]]:
+    """The places of the adapters that have this layer: the family's members together first, then each foreign one."""
+    members = [i for i, a in enumerate(adapters) if module in a.plan.modules and a.family is not None]
+    foreign = [[i] for i, a in enumerate(adapters) if module in a.plan.modules and a.family is None]
+    return [members, *foreign] if members else foreign
+
+
+def assemble(module: str, adapters: Sequence[Adapter], groups: Sequence[Group]) -> LayerFactors:
+    """The uncalibrated factors of one layer from its groups."""
+    unknown = torch.full((len(adapters),), torch.nan)
+    present = torch.tensor([module in adapter.plan.modules for adapter in adapters])
+    return LayerFactors(module, tuple(groups), present, unknown, unknown, None, lambda i: adapters[i].folded_B(module))
+
+
+def _group(module: str, adapters: Sequence[Adapter], columns: Sequence[int]) -> Group:
+    matrices = [adapters[i].folded_B(module) for i in columns]
+    grams = torch.stack([packed_gram(B) for B in matrices])
+    traces = torch.stack([B.double().square().sum() for B in matrices])
+    return Group(torch.tensor(columns), adapters[columns[0]].lora_A[module].float(), grams.float(), traces.float())
+
+
+def latent(group: Group, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tokens rank"]:
+    """A·x in float64, from the layer's actual input whatever its dtype.
+
+    Deviation from arXiv 2509.18093, which does not say: in float32 the error of this product alone would leave a
+    few per cent of all decisions in doubt, in float64 none of it is felt, at rank/out_features of the layer's cost.
+    """
+    return x.double() @ group.A.double().T
+
+
+def squared_norms(factors: LayerFactors, x: Float[Tensor, "tokens inner"]) -> tuple[Tensor, Tensor]:
+    """‖B_i A_i x‖² and a bound on its error, both (tokens, adapters) in float32; zero where an adapter lacks the layer.
+
+    One product of width rank·(rank+1)/2 a group, no (tokens, adapters, rank) in between. Where the user has
+    lowered torch's float32 matmul precision, the product is taken in float64, so that the bound holds.
+    """
+    count = factors.present.shape[0]
+    squares = x.new_zeros(x.shape[0], count, dtype=torch.float32)
+    errors = torch.zeros_like(squares)
+    exact = torch.get_float32_matmul_precision() == "highest"
+    for group in factors.groups:
+        z = latent(group, x).float()
+        products = pair_products(z)
+        grams = group.grams
+        scored = products @ grams.T if exact else (products.double() @ grams.double().T).float()
+        squares[:, group.columns] = scored.clamp_min(0.0)
+        errors[:, group.columns] = squared_norm_error(z, group.traces)
+    return squares, errors
+
+
+def with_prototypes(factors: LayerFactors) -> LayerFactors:
+    """The factors with ARROW's vectors: for each adapter the top right singular vector of B·A (arXiv 2405.11157 §3.2)."""
+    first = factors.groups[0].A
+    vectors = torch.zeros(factors.present.shape[0], first.shape[1], device=first.device)
+    for group in factors.groups:
+        for adapter in group.columns.tolist():
+            B = factors.folded_B(adapter).to(first.device)
+            vectors[adapter] = top_right_singular_vector(group.A, B).float()
+    return replace(factors, prototypes=vectors)
+
+
+def exact_norms(
+    factors: LayerFactors, adapter: int, x: Float[Tensor, "tokens inner"]
+) -> Float[Tensor, " tokens"]:
+    """‖B A x‖ of one adapter in float64, straight from its stored matrices: the definition, for disputed decisions."""
+    group = factors.group_of(adapter)
+    if group is None:
+        return x.new_zeros(x.shape[0], dtype=torch.float64)
+    B = factors.folded_B(adapter).to(x.device, torch.float64)
+    return torch.linalg.vector_norm(latent(group, x) @ B.T, dim=1)
+
+
+def calibrated(factors: LayerFactors, statistics: Mapping[str, Tensor]) -> LayerFactors:
+    """The factors with these "mean" and "std", (adapters,) each."""
+    return replace(factors, mean=statistics["mean"].float(), std=statistics["std"].float())

@@ -1,0 +1,53 @@
+"""Scores with certain bounds: what every norm-based scorer computes at one layer."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from treadle.algebra import FP32_UNIT
+from treadle.routing.factors import LayerFactors, squared_norms
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one layer, each (tokens, adapters) in float32; -inf where an adapter is forbidden or ineligible.
+
+    Attributes:
+        value: the score as computed.
+        lower: never above the true score.
+        upper: never below the true score.
+    """
+
+    value: Float[Tensor, "tokens adapters"]
+    lower: Float[Tensor, "tokens adapters"]
+    upper: Float[Tensor, "tokens adapters"]
+
+
+def standardised_norms(
+    factors: LayerFactors,
+    x: Float[Tensor, "tokens inner"],
+    allowed: Bool[Tensor, "tokens adapters"],
+    *,
+    mean: Float[Tensor, " adapters"],
+    std: Float[Tensor, " adapters"],
+) -> Scores:
+    """(‖B_i A_i x‖ − mean_i)/std_i with bounds, `allowed` masked before anything is compared."""
+    squares, errors = squared_norms(factors, x)
+    low, high = (squares - errors).clamp_min(0.0).sqrt(), (squares + errors).sqrt()
+    # Root, difference and quotient round once each, on the value and on its bounds alike.
+    rounding = 4.0 * FP32_UNIT * (high + mean.abs()) / std
+    forbidden = ~allowed
+    return Scores(
+        ((squares.sqrt() - mean) / std).masked_fill(forbidden, -torch.inf),
+        ((low - mean) / std - rounding).masked_fill(forbidden, -torch.inf),
+        ((high - mean) / std + rounding).masked_fill(forbidden, -torch.inf),
+    )
+
+
+def narrowed(
+    eligible: Bool[Tensor, " adapters"], permitted: Bool[Tensor, "tokens adapters"] | None, tokens: int
+) -> Bool[Tensor, "tokens adapters"]:
+    """Which adapters may be compared for each token: eligible at this layer, and permitted to the caller."""
+    return eligible.expand(tokens, -1) if permitted is None else permitted & eligible
