@@ -18,7 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "treadle"
 
 PUBLIC = {
+    "Adapter",
+    "AdapterBank",
+    "AdapterFamily",
+    "OwnCalibration",
+    "PublicCalibration",
+    "RankPlan",
+    "RoutedModel",
     "TreadleError",
+    "linear_shapes",
+    "load_model",
+    "load_tokenizer",
+    "public_texts",
     "__version__",
 }
 
