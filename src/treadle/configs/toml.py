@@ -44,5 +44,7 @@ def checked(content: dict[str, object], kind: type[Config], *, where: object) ->
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        remedy = "delete the key" if first["type"] == "extra_forbidden" else f"see the keys of {kind.__name__} in the docs"
+        remedy = (
+            "delete the key" if first["type"] == "extra_forbidden" else f"see the keys of {kind.__name__} in the docs"
+        )
         raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy=remedy) from error

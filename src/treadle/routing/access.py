@@ -28,7 +28,9 @@ def permitted_mask(
     """
     if permitted is None or any(allowed is None for allowed in permitted):
         if required:
-            raise AccessError("this bank requires a set of permitted adapters", remedy="pass permitted=[{…}], one set a row")
+            raise AccessError(
+                "this bank requires a set of permitted adapters", remedy="pass permitted=[{…}], one set a row"
+            )
         if permitted is None:
             return None
     if isinstance(permitted, str) or any(isinstance(allowed, str) for allowed in permitted):

@@ -43,9 +43,13 @@ class MappedTensors(Mapping[str, Tensor]):
         try:
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError as error:
-            raise FormatError("a file of the bank is missing", where=path, remedy="restore or rebuild the bank") from error
+            raise FormatError(
+                "a file of the bank is missing", where=path, remedy="restore or rebuild the bank"
+            ) from error
         except SafetensorError as error:
-            raise FormatError(f"damaged safetensors file ({error})", where=path, remedy="restore or rebuild the bank") from error
+            raise FormatError(
+                f"damaged safetensors file ({error})", where=path, remedy="restore or rebuild the bank"
+            ) from error
         self._prefix = prefix
         self._names = [key.removeprefix(prefix) for key in self._file.keys() if key.startswith(prefix)]  # noqa: SIM118
 
@@ -139,7 +143,10 @@ def _write_statistics(folder: Path, statistics: Statistics) -> dict[str, object]
 def _sweep(folder: Path, content: Mapping[str, object]) -> None:
     """Delete the files that an earlier version of this bank left and this one does not name."""
     calibration = cast("dict[str, object] | None", content["calibration"])
-    kept = {str(content["factors"]), *(str(entry["file"]) for entry in cast("list[dict[str, object]]", content["adapters"]))}
+    kept = {
+        str(content["factors"]),
+        *(str(entry["file"]) for entry in cast("list[dict[str, object]]", content["adapters"])),
+    }
     kept |= {str(calibration["file"])} if calibration else set()
     for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
         if file.relative_to(folder).as_posix() not in kept:
@@ -161,12 +168,16 @@ def load_bank(folder: Path) -> AdapterBank:
     try:
         if content["family"] != family.fingerprint:
             raise FormatError("its family is not the one in family/", where=path, remedy="restore the folder")
-        adapters = tuple(_open_adapter(folder, family, row) for row in cast("list[dict[str, object]]", content["adapters"]))
+        adapters = tuple(
+            _open_adapter(folder, family, row) for row in cast("list[dict[str, object]]", content["adapters"])
+        )
         tensors = read_tensors(files.contained(folder, str(content["factors"])))
         layers = {module: _open_layer(module, adapters, tensors) for module in cast("list[str]", content["modules"])}
         access, calibration = content["access"], content["calibration"]
     except (KeyError, TypeError) as error:
-        raise FormatError(f"key {error} is missing or of a wrong type", where=path, remedy="restore the file") from error
+        raise FormatError(
+            f"key {error} is missing or of a wrong type", where=path, remedy="restore the file"
+        ) from error
     if access not in get_args(Access):
         raise FormatError(f"key 'access' is {access!r}", where=path, remedy="use 'open' or 'required'")
     if len({adapter.name for adapter in adapters}) != len(adapters):

@@ -21,8 +21,6 @@ from treadle.family.plan import LayerShape
 from treadle.progress import Progress, silent
 from treadle.routing.factors import LayerFactors, squared_norms
 
-_TOKENS_A_BATCH = 2048
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -161,9 +159,7 @@ def ignored_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted(i for i in tokenizer.all_special_ids if i is not None))
 
 
-def counted(
-    input_ids: Tensor, attention_mask: Tensor | None, ignored: Sequence[int]
-) -> Bool[Tensor, "rows tokens"]:
+def counted(input_ids: Tensor, attention_mask: Tensor | None, ignored: Sequence[int]) -> Bool[Tensor, "rows tokens"]:
     """Which tokens count in statistics and prompt scores: neither padding nor special.
 
     A row that consists of special tokens alone counts with all its unpadded tokens, so that it still has a score.
@@ -229,7 +225,7 @@ def _moments(
     found: dict[str, Moments] = {}
     mask = torch.zeros(0, dtype=torch.bool)
 
-    def observer(factors: LayerFactors):  # noqa: ANN202
+    def observer(factors: LayerFactors):
         def observe(x: Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
             rows = rows[mask.flatten()] if rows.shape[0] == mask.numel() else rows
@@ -250,18 +246,28 @@ def _moments(
         raise InputError("the calibration text has no token that counts", remedy="give longer text")
     silent_layers = [name for name in layers if name not in found]
     if silent_layers and not model.config.is_encoder_decoder:
-        raise InputError("this layer never ran while reading text", where=silent_layers[0], remedy="leave it out of the plan")
+        raise InputError(
+            "this layer never ran while reading text", where=silent_layers[0], remedy="leave it out of the plan"
+        )
     return found
 
 
-def text_batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-    """The texts as padded batches of about 2,048 tokens, shortest first, each text cut at 512 tokens."""
-    lengths = sorted((len(tokenizer(text, truncation=True, max_length=512)["input_ids"]), text) for text in texts if text)
+def text_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, tokens: int = 2048
+) -> list[dict[str, Tensor]]:
+    """The texts as padded batches of about `tokens` tokens, shortest first, each text cut at 512 tokens.
+
+    Raises:
+        InputError: there is no text.
+    """
+    lengths = sorted(
+        (len(tokenizer(text, truncation=True, max_length=512)["input_ids"]), text) for text in texts if text
+    )
     if not lengths:
         raise InputError("there is no calibration text", remedy="give at least one passage")
     groups: list[list[str]] = [[]]
     for length, text in lengths:
-        if groups[-1] and (len(groups[-1]) + 1) * length > _TOKENS_A_BATCH:
+        if groups[-1] and (len(groups[-1]) + 1) * length > tokens:
             groups.append([])
         groups[-1].append(text)
     return [

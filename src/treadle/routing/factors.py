@@ -148,9 +148,7 @@ def with_prototypes(factors: LayerFactors) -> LayerFactors:
     return replace(factors, prototypes=vectors)
 
 
-def exact_norms(
-    factors: LayerFactors, adapter: int, x: Float[Tensor, "tokens inner"]
-) -> Float[Tensor, " tokens"]:
+def exact_norms(factors: LayerFactors, adapter: int, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, " tokens"]:
     """‖B A x‖ of one adapter in float64, straight from its stored matrices: the definition, for disputed decisions."""
     group = factors.group_of(adapter)
     if group is None:

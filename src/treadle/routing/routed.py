@@ -37,7 +37,7 @@ class RoutedLayer(nn.Module):
             self._matrices[adapter] = self.factors.folded_B(adapter).to(self.factors.present.device)
         return self._matrices[adapter]
 
-    def _apply(self, fn, recurse: bool = True) -> Self:  # noqa: ANN001  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse: bool = True) -> Self:  # type: ignore[no-untyped-def]
         """Follow the model to another device; scores stay in float32 when the model turns to bfloat16."""
         device: torch.device = fn(torch.empty(0, device=self.factors.present.device)).device
         self.factors = self.factors.to(device)
@@ -118,9 +118,9 @@ class RoutedModel(nn.Module):
         self._attachment.remove()
         return self.model
 
-    def _apply(self, fn, recurse: bool = True) -> Self:  # noqa: ANN001  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse: bool = True) -> Self:  # type: ignore[no-untyped-def]
         for layer in self.layers.values():
-            layer._apply(fn)  # noqa: SLF001
+            layer._apply(fn)
         return super()._apply(fn, recurse)
 
     @contextlib.contextmanager
@@ -160,7 +160,9 @@ class RoutedModel(nn.Module):
         ignored = self.bank.statistics.ignored_tokens if self.bank.statistics else ()
         rows, width = input_ids.shape[0], len(self.bank.names)
         sums = torch.zeros(rows, width, dtype=torch.float64, device=input_ids.device)
-        reading = _Pass(rows, permitted, counted=counted(input_ids, attention, ignored), sums=sums, counts=torch.zeros_like(sums))
+        reading = _Pass(
+            rows, permitted, counted=counted(input_ids, attention, ignored), sums=sums, counts=torch.zeros_like(sums)
+        )
         with torch.inference_mode(), self._during(reading):
             read_prompt(self.model, input_ids, attention)
         assert reading.counts is not None
@@ -197,7 +199,9 @@ class RoutedModel(nn.Module):
         mask = self._mask(permitted, rows)
         continues = _cached_length(inputs.get("past_key_values")) > 0
         if continues and chosen is None and self.granularity == "sequence":
-            raise InputError("a cache holds no choice of adapter", remedy="pass chosen=model.choose(prompt), or use generate")
+            raise InputError(
+                "a cache holds no choice of adapter", remedy="pass chosen=model.choose(prompt), or use generate"
+            )
         if attention_mask is not None and not continues and self._needs_positions(inputs):
             inputs["position_ids"] = positions(attention_mask)
         with self._during(self._prepared(input_ids, attention_mask, mask, chosen)):
@@ -239,7 +243,9 @@ class RoutedModel(nn.Module):
         assert isinstance(result, Tensor)
         return result
 
-    def _prepared(self, ids: Tensor, attention: Tensor | None, permitted: Tensor | None, chosen: Decision | None) -> _Pass:
+    def _prepared(
+        self, ids: Tensor, attention: Tensor | None, permitted: Tensor | None, chosen: Decision | None
+    ) -> _Pass:
         if self.granularity == "sequence" and chosen is None:
             chosen = self._choose(ids, attention, permitted)
         if chosen is None:
@@ -297,7 +303,11 @@ class RoutedModel(nn.Module):
         assert current.sums is not None and current.counts is not None and current.counted is not None
         value = self.scorer.scores(layer.factors, flat, None).value.double()
         there = value > -torch.inf
-        weight = current.counted if current.counted.numel() == flat.shape[0] else torch.ones(current.rows, 1, device=flat.device)
+        weight = (
+            current.counted
+            if current.counted.numel() == flat.shape[0]
+            else torch.ones(current.rows, 1, device=flat.device)
+        )
         counts = there.reshape(current.rows, -1, there.shape[1]) & weight.bool()[:, :, None]
         scored = torch.where(there, value, 0.0).reshape(counts.shape)
         current.sums += torch.where(counts, scored, 0.0).sum(1)

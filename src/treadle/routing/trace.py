@@ -50,7 +50,10 @@ class Trace:
     def winners(self, row: int) -> dict[str, list[str | None]]:
         """Module → who acted on each real token of this row, in order of time."""
         return {
-            module: [self.name(int(i)) for i in torch.cat([self._real(part.winner, step, row) for step, part in enumerate(parts)])]
+            module: [
+                self.name(int(i))
+                for i in torch.cat([self._real(part.winner, step, row) for step, part in enumerate(parts)])
+            ]
             for module, parts in self.layers.items()
         }
 

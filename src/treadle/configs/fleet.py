@@ -1,0 +1,49 @@
+"""What it takes to grow a fleet: a plan, a family, an adapter a task, a calibrated bank."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from treadle.configs.toml import RunConfig
+from treadle.ranks.perturbation import PerturbationSettings
+from treadle.train.settings import SftSettings
+
+
+class FleetRun(RunConfig):
+    """The settings of one fleet.
+
+    Attributes:
+        base: the base model: a catalogued name, a local folder, or a hub id.
+        tasks: shipped task names or task files; each becomes an adapter of its name.
+        data: the folder that the tasks' relative data paths start from.
+        out: the fleet's folder.
+        seed: of the probe's noise, the family's A and the order of examples.
+        mean_rank: the budget is what a uniform plan of this rank has in parameters.
+        max_rank: no module gets more.
+        probe_texts: passages of public text that the probe reads.
+        probe_words: words a passage.
+        probe: how the probe perturbs.
+        examples: training examples a task, before the token budget cuts them; None for all.
+        bare_share: share of the training examples shown without their instruction.
+        sft: of every adapter; its seed is `seed`.
+        calibration_texts: passages of public text that the bank is calibrated on.
+        calibration_words: words a passage.
+        device: "auto", "cpu", "cuda", …
+    """
+
+    base: str = "smollm2-135m"
+    tasks: tuple[str, ...] = Field(min_length=2)
+    data: Path | None = None
+    out: Path
+    seed: int = 0
+    mean_rank: int = Field(default=8, ge=1)
+    max_rank: int = Field(default=32, ge=1)
+    probe_texts: int = Field(default=4, ge=1)
+    probe_words: int = Field(default=24, ge=1)
+    probe: PerturbationSettings = PerturbationSettings(trials=1)
+    examples: int | None = Field(default=None, ge=1)
+    bare_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    sft: SftSettings = SftSettings(max_tokens=15_000)
+    calibration_texts: int = Field(default=64, ge=1)
+    calibration_words: int = Field(default=60, ge=1)
+    device: str = "auto"

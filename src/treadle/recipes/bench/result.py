@@ -1,0 +1,104 @@
+"""What every benchmark returns, and how a long one keeps its finished runs."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from treadle import files
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        value: what was measured.
+        unit: its unit, "1" for a ratio or share.
+        goal: what it should reach, in words of comparison such as "<= 0.03"; None where there is no goal.
+        holds: whether it does; None where there is no goal or the run was too small to tell.
+    """
+
+    value: float
+    unit: str
+    goal: str | None = None
+    holds: bool | None = None
+
+    @staticmethod
+    def against(value: float, unit: str, *, at_least: float | None = None, at_most: float | None = None) -> "Metric":
+        """The figure, held against one bound."""
+        if at_least is not None:
+            return Metric(value, unit, f">= {at_least:g}", value >= at_least)
+        if at_most is not None:
+            return Metric(value, unit, f"<= {at_most:g}", value <= at_most)
+        return Metric(value, unit)
+
+    def undecided(self) -> "Metric":
+        """The same figure from a run too small to decide anything."""
+        return Metric(self.value, self.unit, self.goal)
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """A benchmark's figures, with what is needed to judge and repeat them."""
+
+    name: str
+    device: str
+    commit: str
+    settings: Mapping[str, object]
+    metrics: Mapping[str, Metric]
+    rows: Sequence[Mapping[str, object]]
+
+    def to_json(self) -> dict[str, object]:
+        """The result as plain JSON values."""
+        return {
+            "name": self.name,
+            "device": self.device,
+            "commit": self.commit,
+            "settings": dict(self.settings),
+            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
+            "rows": [dict(row) for row in self.rows],
+        }
+
+
+def device_name() -> str:
+    """The processor and the number of threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit of the checkout that this code runs from, with "+" if it was changed; "" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "."],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip()[:12] + ("+" if changed.stdout.strip() else "")
+
+
+def finished_runs(path: Path) -> Iterator[dict[str, object]]:
+    """The runs recorded in a JSON Lines file; a last line cut off by a crash is not one."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and line.strip():
+            yield json.loads(line)
+
+
+def record_run(path: Path, run: Mapping[str, object]) -> None:
+    """Append a finished run; the file is replaced whole, so a crash leaves the earlier runs."""
+    earlier = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished_runs(path))
+    files.write_bytes(path, (earlier + json.dumps(run, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,120 @@
+"""`routing-exactness`: does the routed argmax equal a float64 brute force on trained adapters?
+
+The routed model runs over text; what entered each layer is recorded beside it. For every (token, layer) the reference
+takes those inputs and the stored A and B, computes every ‖B_i A x‖ in float64, and its z-score. A decision is wrong if
+the model's winner scores lower than the reference's best by more than the declared tie.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from treadle.configs.bench import RoutingExactnessRun
+from treadle.data.public_text import public_texts
+from treadle.family.injection import Attachment, Delta, adapted_layers
+from treadle.progress import Progress, silent
+from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
+from treadle.recipes.fleet import grow_fleet
+from treadle.routing.bank import AdapterBank
+from treadle.routing.calibration import layer_shape, text_batches
+from treadle.routing.decision import BASE, TIE
+from treadle.routing.factors import LayerFactors
+from treadle.routing.routed import RoutedModel
+from treadle.routing.trace import Trace
+
+
+def routing_exactness(
+    config: RoutingExactnessRun, *, quick: bool = False, work: Path | None = None, progress: Progress = silent
+) -> BenchmarkResult:
+    """The figures on a fleet trained on the spot; `quick` makes at least 100,000 decisions of each kind."""
+    with TemporaryDirectory() as temporary:
+        fleet = grow_fleet(config.fleet.model_copy(update={"out": (work or Path(temporary)) / "fleet"}), progress)
+        wanted = config.quick_decisions if quick else config.decisions
+        rows = [
+            _compare(fleet.bank, fleet.model.to(dtype), fleet.tokenizer, scorer, _Amount(str(dtype), wanted, progress))
+            for dtype in (torch.float32, torch.bfloat16)
+            for scorer in ("zscore", "norm")
+        ]
+    decisions, wrong = (sum(int(row[key]) for row in rows) for key in ("decisions", "wrong"))
+    rescored = sum(int(row["rescored"]) for row in rows) / decisions
+    metrics = {
+        "decisions": Metric.against(float(decisions), "decisions", at_least=float(config.quick_decisions)),
+        "wrong_decisions": Metric.against(float(wrong), "decisions", at_most=0.0),
+        "rescored_share": Metric(rescored, "1"),
+    }
+    settings = config.model_dump(mode="json", exclude={"fleet": {"out", "data"}}) | {"quick": quick}
+    return BenchmarkResult("routing-exactness", device_name(), commit(), settings, metrics, rows)
+
+
+class _Amount:
+    """How much is compared, and who hears of it."""
+
+    def __init__(self, dtype: str, decisions: int, progress: Progress) -> None:
+        self.dtype, self.decisions, self.progress = dtype.removeprefix("torch."), decisions, progress
+
+
+def _compare(
+    bank: AdapterBank, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scorer: str, amount: _Amount
+) -> dict[str, int | str | float]:
+    """One row: counts for a scorer and a dtype of the model."""
+    counts = {"decisions": 0, "wrong": 0, "ties": 0, "rescored": 0}
+    routed = RoutedModel(model, bank, scorer=scorer, granularity="token")
+    inputs: dict[str, Tensor] = {}
+    layers = adapted_layers(model, {module: layer_shape(f) for module, f in bank.layers.items()})
+    texts = public_texts("pydoc", limit=10_000, seed=17).passages
+    try:
+        with Attachment(layers, {module: _recorder(inputs, module) for module in layers}), torch.inference_mode():
+            for batch in text_batches(tokenizer, texts, tokens=512):
+                inputs.clear()
+                with routed.trace() as trace:
+                    routed(batch["input_ids"], batch["attention_mask"])
+                _count(bank.layers, inputs, trace, scorer, counts)
+                amount.progress(f"{scorer}, {amount.dtype}", counts["decisions"], amount.decisions)
+                if counts["decisions"] >= amount.decisions:
+                    break
+    finally:
+        routed.unwrap()
+    return {"scorer": scorer, "dtype": amount.dtype, "adapters": len(bank.names), **counts}
+
+
+def _recorder(inputs: dict[str, Tensor], module: str) -> Delta:
+    def record(x: Tensor) -> None:
+        inputs[module] = x.reshape(-1, x.shape[-1])
+
+    return record
+
+
+def _count(
+    layers: Mapping[str, LayerFactors], inputs: Mapping[str, Tensor], trace: Trace, scorer: str, counts: dict[str, int]
+) -> None:
+    for module, factors in layers.items():
+        reference = brute_force(factors, inputs[module], calibrated=scorer == "zscore")
+        winner = trace.layers[module][0].winner.flatten()
+        best = reference.max(1).values
+        slack = TIE * best.abs().clamp_min(1.0)
+        got = torch.where(winner == BASE, -torch.inf, reference.gather(1, winner.clamp_min(0)[:, None]).squeeze(1))
+        counts["decisions"] += winner.numel()
+        counts["wrong"] += int((~(got >= best - slack)).sum())
+        counts["ties"] += int(((reference >= (best - slack)[:, None]).sum(1) > 1).sum())
+    counts["rescored"] += trace.rescored
+
+
+def brute_force(factors: LayerFactors, x: Tensor, *, calibrated: bool) -> Tensor:
+    """Every adapter's score for every token in float64, from the stored matrices alone: (tokens, adapters)."""
+    columns: list[Tensor] = []
+    for adapter in range(factors.present.shape[0]):
+        group = factors.group_of(adapter)
+        if group is None:
+            columns.append(torch.full((x.shape[0],), -torch.inf, dtype=torch.float64))
+            continue
+        update = factors.folded_B(adapter).double() @ group.A.double()
+        norm = torch.linalg.vector_norm(x.double() @ update.T, dim=1)
+        if calibrated:
+            score = (norm - factors.mean[adapter].double()) / factors.std[adapter].double()
+            norm = score if bool(factors.eligible[adapter]) else torch.full_like(score, -torch.inf)
+        columns.append(norm)
+    return torch.stack(columns, 1)
