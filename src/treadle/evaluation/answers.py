@@ -110,13 +110,13 @@ def candidate_scores(
         target[row, : len(tail)] = torch.tensor(tail)
         real[row, : len(tail)] = True
     output = _run(model, ids, attention, positions(attention), None)
-    logits = output.logits[:, -1:].repeat_interleave(count, 0)
+    logits = _logits(output)[:, -1:].repeat_interleave(count, 0)
     if width > 1:
         cache = cast("Cache", output.past_key_values)
         cache.batch_repeat_interleave(count)
         longer = torch.cat([attention.repeat_interleave(count, 0), torch.ones_like(target[:, 1:])], 1)
         where = positions(longer)[:, -(width - 1) :]
-        logits = torch.cat([logits, _run(model, target[:, :-1], longer, where, cache).logits], 1)
+        logits = torch.cat([logits, _logits(_run(model, target[:, :-1], longer, where, cache))], 1)
     chosen = logits.float().log_softmax(-1).gather(2, target[:, :, None]).squeeze(2)
     return (chosen * real).sum(1).reshape(len(examples), count)
 
@@ -134,6 +134,11 @@ def _run(
         logits_to_keep=1 if cache is None else 0,
     )
     return cast("CausalLMOutputWithPast", output)
+
+
+def _logits(output: CausalLMOutputWithPast) -> Tensor:
+    assert output.logits is not None  # only a call without logits_to_keep or with labels leaves them out
+    return output.logits
 
 
 @torch.inference_mode()

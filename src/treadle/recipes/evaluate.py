@@ -140,7 +140,7 @@ def evaluate_bank(
     progress: Progress = silent,
 ) -> Evaluation:
     """The table for a bank and a model that are already open."""
-    cells = [(task, condition) for task in tasks for condition in config.conditions]
+    cells: list[tuple[Task, Condition]] = [(task, form) for task in tasks for form in config.conditions]
     verdicts: dict[tuple[str, str], dict[str, list[bool]]] = {}
     routing: list[RoutingRow] = []
     few_shot = config.few_shot and "few-shot" not in config.conditions

@@ -167,7 +167,8 @@ def _admitted(adapter: Adapter, family: AdapterFamily) -> Adapter:
         planned = family.plan.modules.get(module)
         if planned is not None and planned.shape != row.shape:
             raise MismatchError(
-                f"{module!r} maps {row.in_features}→{row.out_features}, the family's base {planned.in_features}→{planned.out_features}",
+                f"{module!r} maps {row.in_features}→{row.out_features}, "
+                f"the family's base {planned.in_features}→{planned.out_features}",
                 where=adapter.name,
                 remedy="use adapters of one base",
             )

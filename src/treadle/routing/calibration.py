@@ -12,7 +12,7 @@ from inspect import signature
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.errors import InputError
@@ -156,7 +156,7 @@ class Statistics:
 
 def ignored_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids of the special tokens (beginning, separators, padding), whose outlier norms would drown the text's."""
-    return tuple(sorted(i for i in tokenizer.all_special_ids if i is not None))
+    return tuple(sorted(tokenizer.all_special_ids))
 
 
 def counted(input_ids: Tensor, attention_mask: Tensor | None, ignored: Sequence[int]) -> Bool[Tensor, "rows tokens"]:
@@ -302,6 +302,6 @@ def read_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 _OWN_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm"})
 
 
-def takes(model: PreTrainedModel, argument: str) -> bool:
+def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward has a parameter of this name."""
     return argument in signature(model.forward).parameters

@@ -138,7 +138,7 @@ def squared_norms(factors: LayerFactors, x: Float[Tensor, "tokens inner"]) -> tu
 
 
 def with_prototypes(factors: LayerFactors) -> LayerFactors:
-    """The factors with ARROW's vectors: for each adapter the top right singular vector of B·A (arXiv 2405.11157 §3.2)."""
+    """The factors with ARROW's vectors, each adapter's top right singular vector of B·A (arXiv 2405.11157 §3.2)."""
     first = factors.groups[0].A
     vectors = torch.zeros(factors.present.shape[0], first.shape[1], device=first.device)
     for group in factors.groups:

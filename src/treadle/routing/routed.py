@@ -1,13 +1,15 @@
 """A model whose adapters are chosen by what they do to the activations."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from treadle.errors import InputError
 from treadle.family.injection import Attachment, Delta, adapted_layers
@@ -37,33 +39,40 @@ class RoutedLayer(nn.Module):
             self._matrices[adapter] = self.factors.folded_B(adapter).to(self.factors.present.device)
         return self._matrices[adapter]
 
-    def _apply(self, fn, recurse: bool = True) -> Self:  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device; scores stay in float32 when the model turns to bfloat16."""
-        device: torch.device = fn(torch.empty(0, device=self.factors.present.device)).device
+        device = fn(torch.empty(0, device=self.factors.present.device)).device
         self.factors = self.factors.to(device)
         self._matrices = {adapter: B.to(device) for adapter, B in self._matrices.items()}
         return self
 
 
-@dataclass
-class _Pass:
-    """What one forward pass tells the hooks.
+@dataclass(frozen=True)
+class _Acting:
+    """What a forward pass tells the hooks: adapters act.
 
     Attributes:
-        rows: of the batch that the caller gave; beams multiply them.
         permitted: (rows, adapters), None for all.
         chosen: (rows,) one adapter a row for all layers; None lets every layer decide.
-        counted: (rows, tokens) which tokens enter prompt scores.
-        sums: while a prompt is read: running totals of scores, (rows, adapters).
-        counts: while a prompt is read: how many scores each total has.
     """
 
-    rows: int
     permitted: Tensor | None
-    chosen: Tensor | None = None
-    counted: Tensor | None = None
-    sums: Tensor | None = None
-    counts: Tensor | None = None
+    chosen: Tensor | None
+
+
+@dataclass
+class _Reading:
+    """What a forward pass tells the hooks: nobody acts, scores of the prompt are summed.
+
+    Attributes:
+        counted: (rows, tokens) which tokens count.
+        sums: running totals of scores, (rows, adapters) in float64.
+        counts: how many scores each total has.
+    """
+
+    counted: Tensor
+    sums: Tensor
+    counts: Tensor
 
 
 class RoutedModel(nn.Module):
@@ -107,21 +116,18 @@ class RoutedModel(nn.Module):
         self.scorer: Scorer = SCORERS[scorer]
         self.granularity: Granularity = granularity if scorer != "mean" else "token"
         factors = bank.layers if scorer != "arrow" else {m: with_prototypes(f) for m, f in bank.layers.items()}
-        self.layers = {module: RoutedLayer(layer.to(model.device)) for module, layer in factors.items()}
-        self._pass: _Pass | None = None
+        layers = [RoutedLayer(layer.to(model.device)) for layer in factors.values()]
+        self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
+        self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
+        self._pass: _Acting | _Reading | None = None
         self._trace: Trace | None = None
-        targets = adapted_layers(model, {module: layer_shape(layer.factors) for module, layer in self.layers.items()})
-        self._attachment = Attachment(targets, {module: self._delta(layer) for module, layer in self.layers.items()})
+        targets = adapted_layers(model, {layer.factors.module: layer_shape(layer.factors) for layer in layers})
+        self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
 
     def unwrap(self) -> PreTrainedModel:
         """The base model, without a trace of the bank; this object is of no use afterwards."""
         self._attachment.remove()
         return self.model
-
-    def _apply(self, fn, recurse: bool = True) -> Self:  # type: ignore[no-untyped-def]
-        for layer in self.layers.values():
-            layer._apply(fn)
-        return super()._apply(fn, recurse)
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -160,14 +166,11 @@ class RoutedModel(nn.Module):
         ignored = self.bank.statistics.ignored_tokens if self.bank.statistics else ()
         rows, width = input_ids.shape[0], len(self.bank.names)
         sums = torch.zeros(rows, width, dtype=torch.float64, device=input_ids.device)
-        reading = _Pass(
-            rows, permitted, counted=counted(input_ids, attention, ignored), sums=sums, counts=torch.zeros_like(sums)
-        )
+        reading = _Reading(counted(input_ids, attention, ignored), sums, torch.zeros_like(sums))
         with torch.inference_mode(), self._during(reading):
             read_prompt(self.model, input_ids, attention)
-        assert reading.counts is not None
         allowed = reading.counts > 0 if permitted is None else (reading.counts > 0) & permitted
-        means = torch.where(allowed, sums / reading.counts.clamp_min(1.0), -torch.inf)
+        means = torch.where(allowed, reading.sums / reading.counts.clamp_min(1.0), -torch.inf)
         decision = ranked(means, torch.zeros_like(allowed[:, 0]))
         if self._trace is not None:
             self._trace.choices.append(decision)
@@ -221,7 +224,7 @@ class RoutedModel(nn.Module):
         chosen: Decision | None = None,
         **options: object,
     ) -> Tensor:
-        """What `model.generate` returns, with adapters acting; prompts padded on the right are turned to the left first.
+        """What `model.generate` returns, with adapters acting; right-padded prompts are padded on the left first.
 
         Args:
             input_ids: (rows, tokens), padded on either side.
@@ -245,16 +248,16 @@ class RoutedModel(nn.Module):
 
     def _prepared(
         self, ids: Tensor, attention: Tensor | None, permitted: Tensor | None, chosen: Decision | None
-    ) -> _Pass:
+    ) -> _Acting:
         if self.granularity == "sequence" and chosen is None:
             chosen = self._choose(ids, attention, permitted)
         if chosen is None:
-            return _Pass(ids.shape[0], permitted)
+            return _Acting(permitted, None)
         winner = chosen.winner.to(ids.device)
         if permitted is not None:  # a choice made under other rights does not outlive them
             kept = permitted.gather(1, winner.clamp_min(0)[:, None]).squeeze(1)
             winner = torch.where(kept, winner, BASE)
-        return _Pass(ids.shape[0], permitted, chosen=winner)
+        return _Acting(permitted, winner)
 
     def _record_mask(self, ids: Tensor, attention: Tensor | None) -> None:
         if self._trace is not None:
@@ -262,7 +265,7 @@ class RoutedModel(nn.Module):
             self._trace.masks.append(mask.bool().cpu())
 
     @contextlib.contextmanager
-    def _during(self, current: _Pass) -> Iterator[None]:
+    def _during(self, current: _Acting | _Reading) -> Iterator[None]:
         outer, self._pass = self._pass, current
         try:
             yield
@@ -276,7 +279,7 @@ class RoutedModel(nn.Module):
                 return None
             flat = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
-                if current.sums is not None:
+                if isinstance(current, _Reading):
                     self._read(layer, flat, current)
                     return None
                 mixed = self._mixture(layer, flat, current, x.shape[0])
@@ -285,7 +288,7 @@ class RoutedModel(nn.Module):
 
         return delta
 
-    def _mixture(self, layer: RoutedLayer, flat: Tensor, current: _Pass, leading: int) -> Mixture:
+    def _mixture(self, layer: RoutedLayer, flat: Tensor, current: _Acting, leading: int) -> Mixture:
         """Who acts on each token of this layer, and how much."""
         if current.chosen is not None:
             return Mixture.of(_spread(current.chosen, flat.shape[0]))
@@ -298,20 +301,16 @@ class RoutedModel(nn.Module):
             self._trace.record(layer.factors.module, decision, leading)
         return Mixture.of(decision.winner)
 
-    def _read(self, layer: RoutedLayer, flat: Tensor, current: _Pass) -> None:
+    def _read(self, layer: RoutedLayer, flat: Tensor, current: _Reading) -> None:
         """Add this layer's scores of the prompt to the running totals."""
-        assert current.sums is not None and current.counts is not None and current.counted is not None
         value = self.scorer.scores(layer.factors, flat, None).value.double()
-        there = value > -torch.inf
-        weight = (
-            current.counted
-            if current.counted.numel() == flat.shape[0]
-            else torch.ones(current.rows, 1, device=flat.device)
-        )
-        counts = there.reshape(current.rows, -1, there.shape[1]) & weight.bool()[:, :, None]
-        scored = torch.where(there, value, 0.0).reshape(counts.shape)
-        current.sums += torch.where(counts, scored, 0.0).sum(1)
-        current.counts += counts.sum(1)
+        rows, tokens = current.counted.shape
+        value = value.reshape(rows, -1, value.shape[1])
+        # A pooler sees one vector a row: there is no padding in it.
+        mask = current.counted if value.shape[1] == tokens else torch.ones_like(current.counted[:, :1])
+        there = (value > -torch.inf) & mask[:, :, None]
+        current.sums += torch.where(there, value, 0.0).sum(1)
+        current.counts += there.sum(1)
 
 
 def _spread(values: Tensor, tokens: int) -> Tensor:
@@ -321,8 +320,7 @@ def _spread(values: Tensor, tokens: int) -> Tensor:
 
 def _cached_length(cache: object) -> int:
     """How many tokens a transformers cache holds."""
-    length = getattr(cache, "get_seq_length", None)
-    return int(length()) if callable(length) else 0
+    return cache.get_seq_length() if isinstance(cache, Cache) else 0
 
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

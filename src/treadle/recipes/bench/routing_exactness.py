@@ -6,6 +6,7 @@ the model's winner scores lower than the reference's best by more than the decla
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,8 +36,8 @@ def routing_exactness(
         fleet = grow_fleet(config.fleet.model_copy(update={"out": (work or Path(temporary)) / "fleet"}), progress)
         wanted = config.quick_decisions if quick else config.decisions
         rows = [
-            _compare(fleet.bank, fleet.model.to(dtype), fleet.tokenizer, scorer, _Amount(str(dtype), wanted, progress))
-            for dtype in (torch.float32, torch.bfloat16)
+            _compare(fleet.bank, model, fleet.tokenizer, scorer, _Amount(str(model.dtype), wanted, progress))
+            for model in (fleet.model, deepcopy(fleet.model).bfloat16())
             for scorer in ("zscore", "norm")
         ]
     decisions, wrong = (sum(int(row[key]) for row in rows) for key in ("decisions", "wrong"))
