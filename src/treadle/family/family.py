@@ -143,14 +143,13 @@ class AdapterFamily:
 
 
 def identity_of(base: str) -> BaseIdentity:
-    """The identity of a base model given by a catalogue name, a folder or a hub id; a folder's label is its own name.
+    """The identity of a base model, labelled with what it was called: a catalogue name, a folder or a hub id.
 
     Raises:
         InputError: there is no such model.
         UnavailableError: it must be downloaded and cannot be.
     """
-    folder = model_folder(base)
-    return identify_folder(folder, folder.name if Path(base).expanduser().is_dir() else base)
+    return identify_folder(model_folder(base), base)
 
 
 def _kaiming(seed: int, name: str, module: ModulePlan) -> np.ndarray:

@@ -51,8 +51,8 @@ def mixed(trained: Sequence[Example], bare: Sequence[Example], *, share: float, 
     if len(trained) != len(bare):
         raise InputError(f"{len(trained)} examples stand beside {len(bare)} bare ones", remedy="give pairs")
     if not 0 <= share <= 1:
-        raise InputError(f"drop_instruction is {share}", remedy="it must be in [0, 1]")
-    dropped = set(shuffled(len(trained), seed, "drop_instruction")[: round(share * len(trained))])
+        raise InputError(f"the share of bare examples is {share}", remedy="it must be in [0, 1]")
+    dropped = set(shuffled(len(trained), seed, "bare")[: round(share * len(trained))])
     return [bare[i] if i in dropped else trained[i] for i in range(len(trained))]
 
 
@@ -182,4 +182,10 @@ def within_budget(rows: Sequence[Row], settings: SftSettings) -> list[int]:
 def digest(rows: Sequence[Row]) -> str:
     """The SHA-256 of the rows; a checkpoint keeps it beside the data, an adapter never does."""
     content = [[list(row.prompt), list(row.target)] for row in rows]
+    return hashlib.sha256(files.canonical_json(content)).hexdigest()
+
+
+def data_sha256(examples: Sequence[Example]) -> str:
+    """The SHA-256 of the examples' texts in order; it identifies the data, so only public data may be named by it."""
+    content = [[example.prompt, example.completion] for example in examples]
     return hashlib.sha256(files.canonical_json(content)).hexdigest()

@@ -14,7 +14,7 @@ from transformers import (
 
 from treadle.data.prompts import Example
 from treadle.errors import InputError
-from treadle.train.rows import Row, digest, encoded, mixed, shuffled, within_budget
+from treadle.train.rows import Row, data_sha256, digest, encoded, mixed, shuffled, within_budget
 from treadle.train.settings import SftSettings
 
 SETTINGS = SftSettings()
@@ -157,10 +157,16 @@ def test_who_drops_it_is_drawn_from_the_seed() -> None:
 def test_mixing_refuses_lists_that_are_no_pairs_and_shares_that_are_none() -> None:
     with pytest.raises(InputError, match="40 examples stand beside 39 bare ones"):
         mixed(TRAINED, BARE[1:], share=0.5, seed=1)
-    with pytest.raises(InputError, match=r"drop_instruction is 1\.5; it must be in"):
+    with pytest.raises(InputError, match=r"share of bare examples is 1\.5; it must be in"):
         mixed(TRAINED, BARE, share=1.5, seed=1)
 
 
 def test_the_digest_tells_where_the_prompt_ends() -> None:
     assert digest([Row((1, 2), (3,))]) != digest([Row((1,), (2, 3))])
     assert digest(ROWS) == digest(list(ROWS))
+
+
+def test_the_datas_digest_is_one_of_their_texts_in_order() -> None:
+    assert data_sha256(TRAINED) == data_sha256(list(TRAINED)) != data_sha256(TRAINED[::-1])
+    assert data_sha256([Example("a", "bc")]) != data_sha256([Example("ab", "c")])
+    assert data_sha256([Example("a", "b", label="x")]) == data_sha256([Example("a", "b")])

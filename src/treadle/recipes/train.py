@@ -1,0 +1,132 @@
+"""A family and some data make one adapter: B is trained, everything else is frozen.
+
+family, base    proved to belong together
+examples        rows in a template, a share of them without the instruction
+training        `train_sft`, continued from its checkpoint if a run was cut short
+adapter         a PEFT folder with its provenance; then the checkpoint goes
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from treadle.configs.train import SourceData, TaskData, TrainRun
+from treadle.data.prompts import Example, Template
+from treadle.data.sources import read_rows
+from treadle.data.tasks import load_task
+from treadle.errors import InputError
+from treadle.family.adapter import Adapter
+from treadle.family.family import AdapterFamily
+from treadle.files import checked_name
+from treadle.models.loading import load_model, load_tokenizer
+from treadle.progress import Progress, silent
+from treadle.recipes.bases import base_folder
+from treadle.train.checkpoint import discard
+from treadle.train.rows import data_sha256, mixed
+from treadle.train.sft import SftResult, train_sft
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """What a run made.
+
+    Attributes:
+        adapter: as saved.
+        folder: where.
+        result: its losses and counts, which stay with whoever trained it.
+    """
+
+    adapter: Adapter
+    folder: Path
+    result: SftResult
+
+
+def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapter:
+    """The configured adapter, also saved in the folder `config.out`.
+
+    A run that was cut short left `.NAME.checkpoint` beside `config.out`; the same run again continues from there.
+
+    Raises:
+        InputError: `config.out` exists, another process trains it, a file is missing, or the data cannot be used.
+        MismatchError: the base is not the family's, or the checkpoint is of another run.
+        UnavailableError: the base must be fetched and cannot be, or the disk refuses.
+        TreadleError: training failed; see `train_sft`.
+    """
+    checked_name(config.name, where="key 'name'")
+    if config.out.exists() and not config.overwrite:
+        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
+    family = AdapterFamily.load(config.family)
+    examples = _examples(config)
+    place = str(base_folder(family.base, config.base, progress=progress))
+    progress("loading the base model", 0, 0)
+    model, tokenizer = load_model(place, device=config.device), load_tokenizer(place)
+    checkpoints = config.out.parent / f".{config.out.name}.checkpoint"
+    with _alone(config.out):
+        result = train_sft(
+            model, tokenizer, family, examples, config.sft, checkpoint_folder=checkpoints, progress=progress
+        )
+        digest = data_sha256(examples) if config.public else None
+        adapter = result.adapter(config.name, data=_name(config.data), data_sha256=digest)
+        adapter.save(config.out, overwrite=config.overwrite)
+        discard(checkpoints)
+    return TrainedAdapter(adapter, config.out, result)
+
+
+def _examples(config: TrainRun) -> list[Example]:
+    if isinstance(config.data, TaskData):
+        trained, bare = _of_task(config.data, config.sft.seed)
+    else:
+        trained, bare = _of_source(config.data)
+    return mixed(trained, bare, share=config.bare_share, seed=config.sft.seed)
+
+
+def _of_task(data: TaskData, seed: int) -> tuple[list[Example], list[Example]]:
+    """The training split in the trained form and as bare text."""
+    task = load_task(data.task)
+    return (
+        task.examples("train", data_root=data.root, condition="trained", limit=data.limit, seed=seed),
+        task.examples("train", data_root=data.root, condition="bare", limit=data.limit, seed=seed),
+    )
+
+
+def _of_source(data: SourceData) -> tuple[list[Example], list[Example]]:
+    """The rows in the template with the instruction and in the one without, or in the former twice."""
+    rows = read_rows(data.source, split=data.split, limit=data.limit)
+    templates = [Template(prompt, data.completion) for prompt in (data.prompt, data.bare or data.prompt)]
+    trained, bare = (
+        [Example(*template.render(row, where=f"{data.source}, row {i}")) for i, row in enumerate(rows, start=1)]
+        for template in templates
+    )
+    return trained, bare
+
+
+def _name(data: TaskData | SourceData) -> str:
+    """What the data are called: never a path."""
+    if isinstance(data, TaskData):
+        return load_task(data.task).name
+    if data.name is not None:
+        return data.name
+    stored = Path(data.source.removeprefix("hf:"))
+    return stored.name if stored.exists() else data.source
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A block in which no other process trains into `folder`.
+
+    Raises:
+        InputError: one does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError("another process trains this adapter", where=folder, remedy="wait for it") from error
+    try:
+        yield
+    finally:
+        lock.release()
