@@ -22,11 +22,11 @@ NAMES = re.compile(r"[a-z][a-z|-]*")
 
 
 def shown_commands() -> list[str]:
-    """Every command line on a page that begins with `treadle`, alternatives spelled out."""
-    lines = {line.strip() for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()}
+    """Every indented line of a page that begins with `treadle`, alternatives spelled out."""
+    lines = {line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()}
     found: set[str] = set()
     for line in lines:
-        if not line.startswith("treadle ") or not line.split()[1].isascii():
+        if not line.startswith("    treadle "):
             continue
         words = [word for word in line.split()[1:3] if NAMES.fullmatch(word)]
         for last in words[-1].split("|"):
