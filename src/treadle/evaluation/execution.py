@@ -29,6 +29,8 @@ from typing import IO, Literal
 from treadle.data.prompts import Example
 from treadle.errors import InputError, UnsupportedError
 
+_JAIL = Path(__file__).with_name("jail.py")
+
 # The verdict is written only if the program runs to its end: `exit()` in the middle is no success.
 _DRIVER = """\
 import os, sys
@@ -131,7 +133,7 @@ def _command(root: Path, word: str, verdict: int, limits: Limits) -> list[str]:
             "RLIMIT_CORE": 0,
         },
     }
-    return [interpreter, "-I", "-S", str(Path(__file__).with_name("jail.py")), json.dumps(settings)]
+    return [interpreter, "-I", "-S", str(_JAIL), json.dumps(settings)]
 
 
 def _run(command: list[str], source: bytes, files: tuple[IO[bytes], IO[bytes], IO[bytes]], seconds: float) -> bool:
