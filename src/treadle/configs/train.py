@@ -1,9 +1,10 @@
 """The TOML of `treadle train`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from treadle.configs.toml import RunConfig
 from treadle.errors import InputError
@@ -82,14 +83,14 @@ class TrainRun(RunConfig):
 
     @field_validator("sft", mode="wrap")
     @classmethod
-    def _in_range(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    def _in_range(cls, value: object, handler: Callable[[object], object]) -> object:
         try:
             return handler(value)
         except InputError as error:
             raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
-    def _sound(self) -> Self:
+    def _sound(self) -> "TrainRun":
         if self.bare_share > 0 and isinstance(self.data, SourceData) and self.data.bare is None:
             raise ValueError("bare_share above 0 needs data.bare, the template without the instruction")
         return self
