@@ -1,0 +1,98 @@
+"""Running a model again without what cannot have changed: blocks that had finished before a layer was first called.
+
+A clean run records the output of every block (the children of the model's outermost ModuleLists) and the order in
+which things happened. When layer m alone is changed, a block that finished before m was first called gives the same
+output again, so its `forward` is replaced by one that returns a copy of the recorded output. Nothing is assumed about
+the architecture; where blocks are not found, or run more than once, nothing is skipped.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The output of the clean run, the blocks with their outputs as they finished, and how many each layer may skip."""
+
+    output: Tensor
+    finished: tuple[tuple[nn.Module, object], ...]
+    skippable: Mapping[str, int]
+
+
+def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> Recording:
+    """What `run`, which runs the model once, does and in which order."""
+    finished: list[tuple[nn.Module, object]] = []
+    skippable: dict[str, int] = {}
+
+    def note_first_call(name: str) -> Callable[[nn.Module, object], None]:
+        def hook(_module: nn.Module, _inputs: object) -> None:
+            skippable.setdefault(name, len(finished))
+
+        return hook
+
+    def note_output(module: nn.Module, _inputs: object, output: object) -> None:
+        finished.append((module, _copied(output)))
+
+    with contextlib.ExitStack() as stack:
+        for block in _blocks(model):
+            stack.callback(block.register_forward_hook(note_output).remove)
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(note_first_call(name)).remove)
+        output = run()
+    for name in layers:
+        skippable.setdefault(name, len(finished))
+    return Recording(output, tuple(finished), skippable)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The children of every ModuleList that lies in no other."""
+    blocks: list[nn.Module] = []
+    below: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in below:
+            below.update(module.modules())
+            blocks.extend(module.children())
+    return blocks
+
+
+@contextlib.contextmanager
+def skipping(recording: Recording, layer: str) -> Iterator[None]:
+    """Until the block ends, the model's blocks that cannot feel a change of `layer` return what they did before."""
+    calls: dict[nn.Module, int] = {}
+    for block, _ in recording.finished:
+        calls[block] = calls.get(block, 0) + 1
+    with contextlib.ExitStack() as stack:
+        for block, output in recording.finished[: recording.skippable[layer]]:
+            if calls[block] == 1:
+                stack.enter_context(_replaced(block, output))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(block: nn.Module, output: object) -> Iterator[None]:
+    """`block.forward` returns a copy of `output` until the block ends."""
+    own = block.__dict__.get("forward")  # there if somebody else has wrapped this instance
+
+    def forward(*_: object, **__: object) -> object:
+        return _copied(output)
+
+    try:
+        block.forward = forward
+        yield
+    finally:
+        if own is None:
+            block.__dict__.pop("forward", None)
+        else:
+            block.forward = own
+
+
+def _copied(output: object) -> object:
+    """The same structure with its tensors copied: what runs next may write into them."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, tuple | list):
+        return type(output)(_copied(part) for part in output)
+    return output

@@ -1,0 +1,148 @@
+"""What a probe found: one number a module, how sure it is, and everything needed to plan again without probing."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, variance
+from types import MappingProxyType
+
+from treadle import files
+from treadle.errors import FormatError, InputError
+from treadle.family.plan import LayerShape
+
+FORMAT = "treadle.probe-scores/1"
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class ModuleScore:
+    """The disagreements that one module's perturbations caused: `values[trial][text]`, each ≥ 0, and its shape.
+
+    Raises:
+        InputError: no value, rows of different lengths, or a value that is negative or not finite.
+    """
+
+    shape: LayerShape
+    values: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(row) for row in self.values}
+        if len(lengths) != 1 or 0 in lengths:
+            raise InputError("a score needs the same texts, at least one, in every trial", remedy="probe again")
+        if not all(math.isfinite(value) and value >= 0 for row in self.values for value in row):
+            raise InputError("a disagreement is negative or not finite", remedy="probe in float32")
+
+    @property
+    def mean(self) -> float:
+        """The score: the mean over trials and texts."""
+        return fmean(fmean(row) for row in self.values)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, from the spread over trials and, added to it, the spread over texts.
+
+        A single trial or a single text tells nothing of its spread and adds 0. The two are added as if nothing
+        were shared between them, which errs on the large side.
+        """
+        trials = [fmean(row) for row in self.values]
+        texts = [fmean(column) for column in zip(*self.values, strict=True)]
+        return math.sqrt(sum(variance(means) / len(means) for means in (trials, texts) if len(means) > 1))
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """The result of a probe, modules in the model's order.
+
+    `text_sha256` is the digest of the probe texts, None where they are private: a digest of private text leaks.
+
+    Raises:
+        InputError: no module.
+    """
+
+    modules: Mapping[str, ModuleScore]
+    probe: str
+    settings: Mapping[str, Value]
+    seed: int
+    text_sha256: str | None
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise InputError("a probe needs at least one module", remedy="name modules that the model has")
+        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    def means(self) -> dict[str, float]:
+        """Module → score."""
+        return {name: score.mean for name, score in self.modules.items()}
+
+    def shapes(self) -> dict[str, LayerShape]:
+        """Module → shape of its layer."""
+        return {name: score.shape for name, score in self.modules.items()}
+
+    def to_json(self) -> dict[str, object]:
+        """The scores as plain JSON values; means and errors stand there for readers and are not read back."""
+        return {
+            "format": FORMAT,
+            "probe": self.probe,
+            "settings": dict(self.settings),
+            "seed": self.seed,
+            "text_sha256": self.text_sha256,
+            "modules": [
+                {
+                    "name": name,
+                    "in_features": score.shape.in_features,
+                    "out_features": score.shape.out_features,
+                    "mean": score.mean,
+                    "standard_error": score.standard_error,
+                    "values": [list(row) for row in score.values],
+                }
+                for name, score in self.modules.items()
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write scores.json at `path`, whole or not at all."""
+        files.write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: Path) -> "ProbeScores":
+        """The scores in the file `path`.
+
+        Raises:
+            InputError: no such file.
+            FormatError: it holds no scores, or a key is missing or of a wrong type.
+        """
+        content = files.read_json(path)
+        if content.get("format") != FORMAT:
+            raise FormatError(f"key 'format' is not {FORMAT!r}", where=path, remedy="give a scores.json")
+        probe, settings, seed = content.get("probe"), content.get("settings"), content.get("seed")
+        digest, rows = content.get("text_sha256"), content.get("modules")
+        if not (
+            isinstance(probe, str)
+            and isinstance(settings, dict)
+            and isinstance(seed, int)
+            and isinstance(digest, str | None)
+            and isinstance(rows, list)
+        ):
+            raise FormatError("a key is missing or has the wrong type", where=path, remedy="probe again")
+        modules: dict[str, ModuleScore] = {}
+        for row in rows:
+            name, score = _score_of(row, path)
+            if name in modules:
+                raise FormatError(f"module {name!r} stands there twice", where=path, remedy="probe again")
+            modules[name] = score
+        return ProbeScores(modules, probe, settings, seed, digest)
+
+
+def _score_of(row: object, path: Path) -> tuple[str, ModuleScore]:
+    """The (name, score) of one row of scores.json."""
+    try:
+        name, width, height, table = (row[key] for key in ("name", "in_features", "out_features", "values"))  # type: ignore[index]
+        values = tuple(tuple(float(value) for value in line) for line in table)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"a module's row is damaged ({error})", where=path, remedy="probe again") from error
+    if not (isinstance(name, str) and isinstance(width, int) and isinstance(height, int)):
+        raise FormatError(f"module {name!r}: a value has the wrong type", where=path, remedy="probe again")
+    return name, ModuleScore(LayerShape(width, height), values)

@@ -1,0 +1,30 @@
+"""A plan, a base and a seed make a family: one frozen lora_A a module, drawn by a generator of its own."""
+
+from treadle.configs.family import FamilyRun
+from treadle.errors import MismatchError
+from treadle.family.family import AdapterFamily, identity_of
+from treadle.family.injection import linear_shapes
+from treadle.family.plan import RankPlan
+from treadle.models.loading import load_model
+
+
+def new_family(config: FamilyRun) -> AdapterFamily:
+    """The family of the configured plan, also saved in the folder `config.out`.
+
+    Raises:
+        InputError: `config.out` exists, or there is no such plan or base.
+        MismatchError: the plan was made for another base, or names layers that this one lacks.
+        UnavailableError: the base must be fetched and cannot be, or the disk refuses.
+    """
+    plan = RankPlan.load(config.plan)
+    base = identity_of(config.base)
+    if plan.provenance.get("base_sha256", base.sha256) != base.sha256:
+        raise MismatchError(
+            f"the plan was made for {plan.provenance.get('base')!r}, whose weights are not those of {base.name!r}",
+            where=config.plan,
+            remedy="name that base or plan again",
+        )
+    plan.check(linear_shapes(load_model(config.base, device="cpu")))
+    family = AdapterFamily.create(base=base, plan=plan, seed=config.seed, init=config.init)
+    family.save(config.out, overwrite=config.overwrite)
+    return family

@@ -1,0 +1,329 @@
+"""The probe against a naive loop, closed forms, and the model it must leave alone."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+)
+
+from treadle.errors import InputError, MismatchError, UnsupportedError
+from treadle.family.injection import linear_shapes
+from treadle.ranks import perturbation as subject
+from treadle.ranks.inputs import ProbeInputs
+from treadle.ranks.perturbation import PerturbationSettings, perturbation, perturbed
+from treadle.ranks.scores import ProbeScores
+
+QUICK = PerturbationSettings(trials=2)
+
+
+@pytest.fixture
+def inputs() -> ProbeInputs:
+    generator = torch.Generator().manual_seed(5)
+    batches = tuple(torch.randint(4, 128, shape, generator=generator) for shape in ((3, 6), (2, 9)))
+    return ProbeInputs(batches, "0" * 64)
+
+
+def probe(model: PreTrainedModel, inputs: ProbeInputs, settings: PerturbationSettings = QUICK) -> ProbeScores:
+    return perturbation(model, inputs, linear_shapes(model), settings=settings)
+
+
+def everything(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """A copy of every tensor's bytes, and where the tensor lies."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {name: (tensor.detach().clone(), tensor.data_ptr()) for name, tensor in tensors.items()}
+
+
+def assert_untouched(model: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:
+    after = everything(model)
+    assert after.keys() == before.keys()
+    for name, (tensor, place) in before.items():
+        assert after[name][1] == place
+        assert torch.equal(after[name][0].view(torch.uint8), tensor.view(torch.uint8)), name
+    for module in model.modules():
+        assert "forward" not in module.__dict__
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def naive(model: PreTrainedModel, inputs: ProbeInputs, settings: PerturbationSettings) -> dict[str, list[list[float]]]:
+    """The paper's loop as it reads: whole forward passes, weights overwritten and put back."""
+    read: dict[str, Callable[[Tensor], Tensor]] = {
+        "last": lambda ids: model(input_ids=ids, use_cache=False).logits[:, -1],
+        "all": lambda ids: model(input_ids=ids, use_cache=False).logits,
+        "hidden": lambda ids: model.base_model(input_ids=ids, use_cache=False).last_hidden_state,
+    }
+    found: dict[str, list[list[float]]] = {}
+    for name in linear_shapes(model):
+        layer = model.get_submodule(name)
+        kept = layer.weight.detach().clone()
+        found[name] = []
+        for trial in range(settings.trials):
+            row: list[float] = []
+            for ids in inputs.batches:
+                outputs = []
+                for copy in (0, 1):
+                    with torch.no_grad():
+                        if copy == 0 or settings.compare == "copies":
+                            noise = torch.randn(kept.shape, generator=subject._generator(0, name, trial, copy))
+                            layer.weight.copy_(kept + settings.scale * kept.std(correction=0) * noise)
+                        outputs.append(read[settings.output](ids))
+                        layer.weight.copy_(kept)
+                row += [float((a - b).abs().mean()) for a, b in zip(*outputs, strict=True)]
+            found[name].append(row)
+    return found
+
+
+@pytest.mark.parametrize("output", ["last", "all", "hidden"])
+@pytest.mark.parametrize("compare", ["copies", "pristine"])
+def test_the_cached_probe_equals_the_naive_loop(
+    tiny_llama: LlamaForCausalLM, inputs: ProbeInputs, output: str, compare: str
+) -> None:
+    settings = PerturbationSettings(trials=2, scale=0.7, output=output, compare=compare)  # type: ignore[arg-type]
+    expected = naive(tiny_llama, inputs, settings)
+    found = probe(tiny_llama, inputs, settings)
+    assert list(found.modules) == list(expected)
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
+        assert found.modules[name].mean > 1e-4
+
+
+def test_blocks_before_the_shaken_layer_run_once_a_batch(
+    tiny_llama: LlamaForCausalLM, inputs: ProbeInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0, 0]
+    for index, block in enumerate(tiny_llama.model.layers):
+
+        def forward(
+            hidden: Tensor, index: int = index, inner: Callable[[Tensor], Tensor] = block.mlp.forward
+        ) -> Tensor:
+            calls[index] += 1
+            return inner(hidden)
+
+        monkeypatch.setattr(block.mlp, "forward", forward)
+    name = "model.layers.1.self_attn.q_proj"
+    perturbation(tiny_llama, inputs, {name: linear_shapes(tiny_llama)[name]}, settings=QUICK)
+    assert calls == [2, 2 + 2 * 4]  # two batches; in each a clean run, and two trials of two copies
+
+
+def test_conv1d_weights_are_shaken_too(tiny_gpt2: GPT2LMHeadModel, inputs: ProbeInputs) -> None:
+    expected = naive(tiny_gpt2, inputs, QUICK)
+    found = probe(tiny_gpt2, inputs)
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
+
+
+def test_an_encoder_and_an_encoder_decoder_are_probed(
+    tiny_bert: BertForSequenceClassification, tiny_t5: T5ForConditionalGeneration, inputs: ProbeInputs
+) -> None:
+    for model in (tiny_bert, tiny_t5):
+        before = everything(model)
+        means = probe(model, inputs).means()
+        assert set(means) == set(linear_shapes(model))
+        assert all(value > 0 for value in means.values())
+        assert_untouched(model, before)
+
+
+def test_layers_that_run_more_than_once_are_never_skipped(inputs: ProbeInputs) -> None:
+    config = AlbertConfig(
+        vocab_size=128, embedding_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_labels=3,
+    )  # fmt: skip
+    model = AlbertForSequenceClassification(config).eval()
+    name = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"
+    shape = {name: linear_shapes(model)[name]}
+    found = perturbation(model, inputs, shape, settings=PerturbationSettings(trials=1, compare="pristine"))
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        clean = model(input_ids=inputs.batches[0]).logits
+        noise = torch.randn(layer.weight.shape, generator=subject._generator(0, name, 0, 0))
+        layer.weight.add_(noise * layer.weight.std(correction=0))
+        expected = (model(input_ids=inputs.batches[0]).logits - clean).abs().mean(dim=1)
+    torch.testing.assert_close(torch.tensor(found.modules[name].values[0][:3]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_model_is_left_as_it_was(tiny_gpt2: GPT2LMHeadModel, inputs: ProbeInputs, bias: bool) -> None:
+    before = everything(tiny_gpt2)
+    probe(tiny_gpt2, inputs, PerturbationSettings(trials=1, bias=bias))
+    assert_untouched(tiny_gpt2, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("call", [1, 2, 5, 8])
+def test_the_model_is_left_as_it_was_when_the_probe_breaks_off(
+    tiny_llama: LlamaForCausalLM,
+    inputs: ProbeInputs,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    call: int,
+) -> None:
+    before = everything(tiny_llama)
+    inner, calls = tiny_llama.model.norm.forward, 0
+
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:  # by then a weight is shaken, blocks are replaced and hooks are in place
+            raise error
+        return inner(hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_llama.model.norm, "forward", forward)
+        with pytest.raises(error):
+            probe(tiny_llama, inputs)
+    tiny_llama.model.norm.__dict__.pop("forward", None)
+    assert_untouched(tiny_llama, before)
+
+
+def test_an_interrupt_while_noise_is_drawn_restores_too(tiny_llama: LlamaForCausalLM) -> None:
+    before = everything(tiny_llama)
+    layer = tiny_llama.get_submodule("model.layers.0.mlp.up_proj")
+    with pytest.raises(KeyboardInterrupt), perturbed(layer, torch.Generator()):
+        raise KeyboardInterrupt
+    assert_untouched(tiny_llama, before)
+
+
+def test_neither_order_nor_choice_of_modules_changes_a_score(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    shapes = linear_shapes(tiny_llama)
+    whole = probe(tiny_llama, inputs)
+    backwards = perturbation(tiny_llama, inputs, dict(reversed(shapes.items())), settings=QUICK)
+    assert dict(backwards.modules) == dict(whole.modules)
+    few = linear_shapes(tiny_llama, ["o_proj"])
+    assert dict(perturbation(tiny_llama, inputs, few, settings=QUICK).modules) == {n: whole.modules[n] for n in few}
+
+
+def test_the_seed_decides_the_noise(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    shapes = linear_shapes(tiny_llama, ["q_proj"])
+    first, again, other = (
+        perturbation(tiny_llama, inputs, shapes, settings=QUICK, seed=seed).means() for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert all(first[name] != other[name] for name in shapes)
+
+
+def test_the_noise_has_the_weights_own_deviation() -> None:
+    layer = nn.Linear(300, 200)
+    layer.weight.data.mul_(3.0).add_(1.0)
+    kept, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    draws = []
+    for seed in range(4):
+        with perturbed(layer, torch.Generator().manual_seed(seed), scale=0.5, bias=True):
+            draws.append(layer.weight.detach() - kept)
+            assert not torch.equal(layer.bias, bias)
+    noise = torch.stack(draws)
+    # 240,000 draws: the standard error of the deviation is 0.14%
+    assert float(noise.std()) == pytest.approx(0.5 * float(kept.std()), rel=0.01)
+    assert abs(noise.mean()) < 5 * noise.std() / noise.numel() ** 0.5
+    assert not torch.equal(draws[0], draws[1])
+    assert torch.equal(layer.bias, bias)
+
+
+class LinearOutput:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class OneLayer(PreTrainedModel):
+    """logits = W · embedding(last token): disagreement has a closed form."""
+
+    def __init__(self) -> None:
+        from transformers import PretrainedConfig
+
+        super().__init__(PretrainedConfig())
+        self.embedding = nn.Embedding(128, 16)
+        self.layer = nn.Linear(16, 4000, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> LinearOutput:
+        return LinearOutput(self.layer(self.embedding(input_ids)))
+
+
+@pytest.mark.parametrize(("compare", "factor"), [("pristine", 1.0), ("copies", 2.0**0.5)])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_a_linear_models_disagreement_is_its_closed_form(
+    inputs: ProbeInputs, compare: str, factor: float, scale: float
+) -> None:
+    model = OneLayer().eval()
+    settings = PerturbationSettings(trials=4, scale=scale, compare=compare)  # type: ignore[arg-type]
+    shapes = linear_shapes(nn.ModuleDict({"layer": model.layer}))
+    found = perturbation(model, inputs, shapes, settings=settings).modules["layer"]
+    # δ·x is N(0, σ²‖x‖²), and E|N(0, s²)| = s·√(2/π); two copies differ by √2 more
+    last = torch.cat([model.embedding(ids[:, -1]) for ids in inputs.batches])
+    deviation = scale * model.layer.weight.std(correction=0)
+    expected = factor * deviation * last.norm(dim=1) * (2 / torch.pi) ** 0.5
+    measured = torch.tensor(found.values).mean(dim=0)
+    torch.testing.assert_close(measured, expected.detach(), rtol=0.03, atol=0)  # 16,000 draws a text
+
+
+def test_progress_tells_every_step(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    told: list[tuple[str, int, int]] = []
+    shapes = linear_shapes(tiny_llama, ["v_proj"])
+    perturbation(tiny_llama, inputs, shapes, settings=QUICK, progress=lambda *step: told.append(step))
+    assert [(done, total) for _, done, total in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert told[1][0] == "probing model.layers.1.self_attn.v_proj"
+
+
+def test_the_result_says_how_it_was_made(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    found = perturbation(tiny_llama, inputs, linear_shapes(tiny_llama, ["v_proj"]), seed=3)
+    assert (found.probe, found.seed, found.text_sha256) == ("perturbation", 3, "0" * 64)
+    assert found.settings == {"trials": 5, "scale": 1.0, "compare": "copies", "output": "last", "bias": False}
+    assert all(len(score.values) == 5 and len(score.values[0]) == 5 for score in found.modules.values())
+
+
+def test_training_mode_is_refused(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    with pytest.raises(InputError, match="training mode"):
+        probe(tiny_llama.train(), inputs)
+
+
+def test_shared_weights_are_refused(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    tiny_llama.model.layers[1].mlp.up_proj.weight = tiny_llama.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(UnsupportedError, match=r"shared .*layers\.0.*layers\.1"):
+        probe(tiny_llama, inputs)
+
+
+def test_quantised_weights_are_refused(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    layer = tiny_llama.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedError, match=r"up_proj: its weight is quantised"):
+        probe(tiny_llama, inputs)
+
+
+def test_a_missing_module_is_a_mismatch(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    shapes = {"model.layers.9.x": next(iter(linear_shapes(tiny_llama).values()))}
+    with pytest.raises(MismatchError, match=r"layers\.9"):
+        perturbation(tiny_llama, inputs, shapes)
+
+
+def test_outputs_that_are_not_finite_are_an_error(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    before = everything(tiny_llama)
+    tiny_llama.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(InputError, match="NaN or Inf"):
+        probe(tiny_llama, inputs)
+    tiny_llama.model.norm.weight.data[0] = before["model.norm.weight"][0][0]
+    assert_untouched(tiny_llama, before)
+
+
+def test_an_encoder_without_logits_needs_the_hidden_state(
+    tiny_bert: BertForSequenceClassification, inputs: ProbeInputs
+) -> None:
+    encoder = BertModel(tiny_bert.config).eval()
+    with pytest.raises(UnsupportedError, match="no logits; probe with output = hidden"):
+        probe(encoder, inputs)
+    means = probe(encoder, inputs, PerturbationSettings(trials=1, output="hidden")).means()
+    assert means.pop("pooler.dense") == 0.0  # it lies behind the hidden state
+    assert all(value > 0 for value in means.values())
+
+
+@pytest.mark.parametrize("settings", [{"trials": 0}, {"scale": 0.0}, {"scale": float("nan")}, {"scale": float("inf")}])
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        PerturbationSettings(**settings)  # type: ignore[arg-type]
