@@ -1,0 +1,118 @@
+"""The command line's one entrance, and the one place where errors become a line and an exit code.
+
+0    done
+1    failed: something outside is missing, or treadle is wrong
+2    bad input: a file, a key, an argument
+130  interrupted
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from treadle import __version__
+from treadle.cli import bank, bench, demo, eval, family, inspect, models, plan, route, train
+from treadle.errors import InputError, TreadleError
+
+HELP = """Fleets of LoRA adapters over one frozen base model: planned, trained, banked and routed.
+
+\b
+    treadle demo --quick                       all of it, small, on real parts
+    treadle inspect FOLDER                     what an adapter, a family or a bank is
+    treadle route BANK "some text"             which adapter acts where, and why
+"""
+
+ORDER = ("models", "plan", "family", "train", "inspect", "bank", "route", "eval", "demo", "bench")
+
+
+class Commands(TyperGroup):
+    """The group whose commands end in an exit code, never in a traceback that nobody asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of the work."""
+        return list(ORDER)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """What the command returns.
+
+        Raises:
+            typer.Exit: with code 1, 2 or 130, after one line on standard error.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            _print_error("interrupted; what was saved before is whole")
+            raise typer.Exit(130) from stopped
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "treadle"
+            _print_error(f"{error.format_message().rstrip('.')}; see {path} --help")
+            raise typer.Exit(2) from error
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except TreadleError as error:
+            _explain(ctx)
+            _print_error(str(error))
+            raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
+        except Exception as error:
+            _explain(ctx)
+            kind = type(error).__name__
+            _print_error(f"{kind}: {' '.join(str(error).split())[:300]}; treadle --debug … shows where")
+            raise typer.Exit(1) from error
+
+
+def _explain(ctx: click.Context) -> None:
+    """Print the traceback if `--debug` asked for it."""
+    if ctx.params.get("debug"):
+        traceback.print_exc()
+
+
+def _print_error(line: str) -> None:
+    sys.stderr.write(f"treadle: {line}\n")
+
+
+app = typer.Typer(
+    cls=Commands,
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"treadle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+for module in (models, plan, family, train, inspect, bank, route, eval, demo, bench):
+    module.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, and leave Python with its exit code.
+
+    Args:
+        arguments: None for those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # --debug is welcome behind the command too, where people append it after an error.
+    asked = "--debug" in given[: given.index("--")] if "--" in given else "--debug" in given
+    app(["--debug", *(a for a in given if a != "--debug")] if asked else given)

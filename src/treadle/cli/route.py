@@ -1,0 +1,55 @@
+"""`treadle route`: which adapter acts where, and why."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from treadle.cli.console import remark, working
+from treadle.cli.options import Base, Html, Json
+from treadle.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    """Add `route` to the command line."""
+    app.command("route")(route_command)
+
+
+def route_command(
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")],
+    text: Annotated[str, typer.Argument(help="The prompt.")],
+    granularity: Annotated[
+        Literal["sequence", "token"], typer.Option(help="One adapter a prompt, or one a token and layer.")
+    ] = "sequence",
+    scorer: Annotated[
+        Literal["zscore", "norm", "arrow", "mean"], typer.Option(help="zscore is SEQR's; arrow and mean mix adapters.")
+    ] = "zscore",
+    permit: Annotated[
+        list[str] | None, typer.Option("--permit", metavar="NAME", help="An adapter that may be used; repeat it.")
+    ] = None,
+    permit_none: Annotated[bool, typer.Option("--permit-none", help="Permit no adapter: the base answers.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of continuation; 0 only routes.")] = 32,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Let the base alone continue it too.")] = False,
+    base: Base = None,
+    html: Html = None,
+    json: Json = False,
+) -> None:
+    """Route one prompt: who acts on which token, by what margin, and what the model then says.
+
+    Example: treadle route bank "State the sum: 3 + 4 =" --html route.html
+    """
+    from treadle.cli.tables import show_route
+    from treadle.recipes.route import RouteSettings, route
+
+    if permit and permit_none:
+        raise InputError("--permit and --permit-none contradict each other", remedy="give one of them")
+    permitted = frozenset(permit or ()) if permit or permit_none else None
+    settings = RouteSettings(scorer, granularity, permitted, max_new_tokens, compare_base, base)
+    with working() as progress:
+        result = route(bank, text, settings, progress=progress)
+    if html is not None:
+        from treadle.reports.pages import route_page, write_page
+
+        write_page(html, route_page(result))
+        remark(f"page: {html}")
+    show_route(result, json=json)

@@ -1,0 +1,199 @@
+"""Results as tables for people and as JSON for programs.
+
+Imported inside the commands, since the recipes' types bring torch with them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from treadle.cli.console import print_json, print_table, remark, say
+from treadle.family.family import AdapterFamily
+from treadle.family.plan import RankPlan
+from treadle.recipes.bank import BankChange
+from treadle.recipes.evaluate import Evaluation
+from treadle.recipes.inspect import Inspection, Member
+from treadle.recipes.route import Choice, RouteResult
+from treadle.recipes.train import TrainedAdapter
+
+
+def show_bank_change(change: BankChange, *, json: bool) -> None:
+    """Print what a bank has become."""
+    statistics = change.bank.statistics
+    if json:
+        print_json(
+            {
+                "folder": change.folder,
+                "adapters": change.bank.names,
+                "access": change.bank.access,
+                "calibration": None if statistics is None else statistics.source,
+                "calibration_sha256": None if statistics is None else statistics.digest or None,
+                "recalibrated": change.recalibrated,
+                "uncalibrated": change.uncalibrated,
+            }
+        )
+        return
+    say(f"{change.folder}: {len(change.bank.names)} adapters: {', '.join(change.bank.names)}")
+    if change.recalibrated and statistics is not None:
+        say(f"calibrated on {statistics.source} ({statistics.tokens:,} tokens)")
+    if change.uncalibrated:
+        waiting = ", ".join(change.uncalibrated)
+        remark(f"without statistics, so never chosen by z-score: {waiting}; run treadle bank calibrate {change.folder}")
+
+
+def _content(found: Inspection) -> dict[str, object]:
+    content = asdict(found)
+    content["modules"] = [asdict(row) | {"share": row.share} for row in found.modules]
+    for member, row in zip(found.members, content["members"], strict=True):
+        row["epsilon"] = "none" if member.epsilon is None else member.epsilon
+        row["frobenius"] = member.frobenius
+        row["modules"] = [asdict(module) | {"share": module.share} for module in member.modules]
+    if found.privacy is not None and found.privacy.reason:
+        content["privacy"] |= {"epsilon_disjoint": "none", "epsilon_shared": "none"}
+    return content
+
+
+def show_inspection(found: Inspection, *, json: bool) -> None:
+    """Print what stands in a folder."""
+    if json:
+        print_json(_content(found))
+        return
+    print_table(
+        f"{found.kind} {found.name}, base {found.base}", ("fact", "value"), [(k, v) for k, v in found.facts.items()]
+    )
+    if found.modules:
+        columns = ("module", "rank", "scaling", "‖ΔW‖_F", "‖ΔW‖_F/‖W‖_F", "spectral", "‖W‖_F")
+        rows = [
+            (r.module, r.rank, r.scaling, r.frobenius, r.share, r.spectral, r.base_frobenius) for r in found.modules
+        ]
+        print_table("where it changes the model", columns, rows)
+    if found.members:
+        columns = ("adapter", "path", "method", "data", "ε", "base", "‖ΔW‖_F", "calibrated")
+        print_table("adapters", columns, [_member(member) for member in found.members])
+    if found.privacy is not None:
+        say(f"ε of the fleet: {found.privacy.statement}")
+    for note in found.notes:
+        remark(note)
+
+
+def _member(member: Member) -> tuple[object, ...]:
+    epsilon = "none" if member.epsilon is None else member.epsilon
+    calibrated = "yes" if member.calibrated else "no"
+    origin = (member.name, member.path, member.method, member.data, epsilon, member.base)
+    return (*origin, member.frobenius, calibrated)
+
+
+def show_route(result: RouteResult, *, json: bool) -> None:
+    """Print how a prompt was routed."""
+    if json:
+        print_json(asdict(result))
+        return
+    if result.choice is not None:
+        _show_choice(result, result.choice)
+    elif not any(token.shares for token in result.tokens):
+        say(f"{result.settings.scorer} mixes adapters on every token; none acts alone")
+    else:
+        rows = [(repr(t.text), _shares(t.shares)) for t in result.tokens]
+        print_table("who acts on each token (share of layers)", ("token", "adapters"), rows)
+    if result.continuation is not None:
+        say(f"routed: {result.continuation}")
+    if result.base_continuation is not None:
+        say(f"base:   {result.base_continuation}")
+
+
+def _show_choice(result: RouteResult, choice: Choice) -> None:
+    if choice.winner is None:
+        say("chosen: the base model (no permitted adapter has a score)")
+        return
+    last = next((token.running for token in reversed(result.tokens) if token.counted), {})
+    ranked = sorted(last.items(), key=lambda item: -item[1])
+    print_table("mean score over the prompt", ("adapter", "score"), ranked)
+    behind = f", {choice.margin:.3f} ahead of {choice.runner_up}" if choice.runner_up else ""
+    say(f"chosen: {choice.winner}{behind}")
+
+
+def _shares(shares: Mapping[str | None, float]) -> str:
+    return ", ".join(f"{name or 'base'} {share:.0%}" for name, share in list(shares.items())[:3])
+
+
+def show_plan(plan: RankPlan, folder: Path, *, json: bool) -> None:
+    """Print a rank plan that stands in `folder`."""
+    if json:
+        print_json({"folder": folder, "parameters": asdict(plan.count()), **plan.to_json()})
+        return
+    rows = [(name, m.rank, m.scaling, m.in_features, m.out_features) for name, m in plan.modules.items()]
+    print_table("ranks", ("module", "rank", "scaling", "in", "out"), rows)
+    count = plan.count()
+    say(f"{len(rows)} modules, {count.lora_B:,} parameters in B and {count.lora_A:,} in A: {folder}")
+
+
+def show_family(family: AdapterFamily, folder: Path, *, json: bool) -> None:
+    """Print a family that stands in `folder`."""
+    if json:
+        print_json(
+            {
+                "folder": folder,
+                "fingerprint": family.fingerprint,
+                "base": asdict(family.base),
+                "init": family.init,
+                "seed": family.seed,
+                "modules": len(family.plan.modules),
+                "parameters": asdict(family.plan.count()),
+            }
+        )
+        return
+    say(f"{folder}: family {family.fingerprint[:12]} over {family.base.name}, {len(family.plan.modules)} modules")
+
+
+def show_training(trained: TrainedAdapter, *, json: bool) -> None:
+    """Print what a run made."""
+    result = trained.result
+    if json:
+        print_json(
+            {
+                "folder": trained.folder,
+                "name": trained.adapter.name,
+                "family": trained.adapter.family,
+                "examples": result.examples,
+                "tokens": result.tokens,
+                "truncated": result.truncated,
+                "resumed_at": result.resumed_at,
+                "losses": result.losses,
+            }
+        )
+        return
+    say(f"{trained.folder}: adapter {trained.adapter.name}, {result.tokens:,} tokens of {result.examples} examples")
+    if result.losses:
+        first, last = result.losses[0], result.losses[-1]
+        say(f"loss {first:.3f} at the first step, {last:.3f} at the last of {len(result.losses)}")
+    if result.truncated:
+        remark(f"{result.truncated} examples lost the beginning of their prompt: raise sft.max_length")
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print the table of an evaluation, one a condition, with the ends of 95% intervals."""
+    for condition in dict.fromkeys(row.condition for row in evaluation.rows):
+        rows = [row for row in evaluation.rows if row.condition == condition]
+        arms = list(dict.fromkeys(row.arm for row in rows))
+        cells = {(row.task, row.arm): f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows}
+        counts = {row.task: row.count for row in rows}
+        lines = [(arm, *(cells.get((task, arm), "–") for task in counts)) for arm in arms]
+        heads = [f"{task} (n={count})" for task, count in counts.items()]
+        print_table(f"{condition}: share answered rightly, 95% interval", ("arm", *heads), lines)
+    for row in evaluation.routing:
+        if row.right is not None:
+            say(f"{row.task} ({row.condition}): {row.right:.1%} of {row.count} prompts went to its own adapter")
+
+
+def show_benchmark(result: Mapping[str, object]) -> None:
+    """Print a benchmark's metrics."""
+    metrics = result["metrics"]
+    assert isinstance(metrics, Mapping)
+    columns = ("value", "unit", "goal", "holds")
+    rows = [(name, *(_plain(metric[column]) for column in columns)) for name, metric in metrics.items()]
+    print_table(f"{result['name']} on {result['device']}, commit {result['commit']}", ("metric", *columns), rows)
+
+
+def _plain(value: object) -> object:
+    """The value as a cell shows it: yes and no for booleans."""
+    return ("yes" if value else "no") if isinstance(value, bool) else value

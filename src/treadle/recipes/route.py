@@ -1,0 +1,225 @@
+"""One prompt through a bank: who acts on which token, why, and what the model then says."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from treadle.errors import InputError
+from treadle.models.loading import load_model, load_tokenizer
+from treadle.progress import Progress, silent
+from treadle.recipes.bases import base_folder
+from treadle.routing.bank_files import load_bank
+from treadle.routing.evidence import Evidence, prompt_evidence
+from treadle.routing.routed import Granularity, RoutedModel
+from treadle.routing.trace import Trace
+
+
+@dataclass(frozen=True)
+class RouteSettings:
+    """How a prompt is routed.
+
+    Attributes:
+        scorer: "zscore", "norm", "arrow" or "mean".
+        granularity: "sequence" chooses one adapter for the prompt, "token" one a token and layer.
+        permitted: the adapters that the caller may use; None permits all, an empty set leaves the base.
+        max_new_tokens: how far to continue the prompt, greedily; 0 does not.
+        compare_base: whether the base alone continues it too.
+        base: where the base model is, if its name does not say.
+    """
+
+    scorer: str = "zscore"
+    granularity: Granularity = "sequence"
+    permitted: frozenset[str] | None = None
+    max_new_tokens: int = 32
+    compare_base: bool = False
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The one adapter that `sequence` chose; None is the base model."""
+
+    winner: str | None
+    runner_up: str | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One token of the prompt.
+
+    Attributes:
+        text: as it reads.
+        counted: whether it enters the prompt's score (special tokens do not).
+        winner: who won most layers (`token`), or has the best mean score here (`sequence`); None is the base.
+        shares: for `token`, the share of layers that each adapter won; None is the base.
+        scores: for `sequence`, each adapter's mean score over the layers.
+        running: for `sequence`, each adapter's mean score over the tokens so far.
+    """
+
+    text: str
+    counted: bool
+    winner: str | None
+    shares: Mapping[str | None, float] = field(default_factory=dict[str | None, float])
+    scores: Mapping[str, float] = field(default_factory=dict[str, float])
+    running: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer.
+
+    Attributes:
+        module: its full name.
+        winners: for `token`, who acted on each token; None is the base.
+        scores: for `sequence`, each adapter's mean score over the counted tokens.
+    """
+
+    module: str
+    winners: tuple[str | None, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class RouteResult:
+    """How a prompt was routed.
+
+    Attributes:
+        bank: the bank folder's name.
+        base: the base model's name.
+        prompt: the text.
+        settings: with which.
+        adapters: those permitted, in the bank's order; no other appears anywhere here.
+        choice: for `sequence`.
+        tokens: of the prompt.
+        layers: in the bank's order.
+        continuation: by the routed model; None where none was asked for or the model cannot.
+        base_continuation: by the base alone.
+    """
+
+    bank: str
+    base: str
+    prompt: str
+    settings: RouteSettings
+    adapters: tuple[str, ...]
+    choice: Choice | None
+    tokens: tuple[TokenRow, ...]
+    layers: tuple[LayerRow, ...]
+    continuation: str | None
+    base_continuation: str | None
+
+
+def route(
+    folder: Path, text: str, settings: RouteSettings | None = None, *, progress: Progress = silent
+) -> RouteResult:
+    """How the bank in `folder` routes `text`, and the continuation.
+
+    Raises:
+        InputError: no bank, an empty text, an unknown setting, or a bank that is not calibrated.
+        AccessError: the bank requires a permitted set, or the set names an unknown adapter.
+        MismatchError: the base is not the bank's.
+    """
+    asked = settings or RouteSettings()
+    if not text.strip():
+        raise InputError("the text is empty", remedy='give some: treadle route BANK "text"')
+    if asked.max_new_tokens < 0:
+        raise InputError(f"max_new_tokens is {asked.max_new_tokens}", remedy="0 or more")
+    progress("opening the bank", 0, 0)
+    bank = load_bank(folder)
+    place = str(base_folder(bank.family.base, asked.base, progress=progress))
+    progress("loading the base model", 0, 0)
+    tokenizer = load_tokenizer(place)
+    model = RoutedModel(load_model(place), bank, scorer=asked.scorer, granularity=asked.granularity)
+    encoded = tokenizer(text, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"].to(model.model.device)
+    if ids.shape[1] == 0:
+        raise InputError("the text has no token", remedy="give some text")
+    progress("reading the prompt", 0, 0)
+    tokens, layers, choice = _routing(model, ids, asked, _pieces(tokenizer, ids))
+    said, plain = _continuations(model, tokenizer, ids, asked, progress)
+    adapters = tuple(n for n in bank.names if asked.permitted is None or n in asked.permitted)
+    used = replace(asked, granularity=model.granularity)  # a mean of all adapters has nothing to choose by sequence
+    return RouteResult(
+        folder.resolve().name, bank.family.base.name, text, used, adapters, choice, tokens, layers, said, plain
+    )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    """Each token as it reads, spaces kept."""
+    return [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids[0].tolist()]
+
+
+def _routing(
+    model: RoutedModel, ids: Tensor, asked: RouteSettings, pieces: list[str]
+) -> tuple[tuple[TokenRow, ...], tuple[LayerRow, ...], Choice | None]:
+    allowed = None if asked.permitted is None else [asked.permitted]
+    if model.granularity == "token":
+        with torch.inference_mode(), model.trace() as trace:
+            model(ids, torch.ones_like(ids), permitted=allowed)
+        return *_by_token(trace, pieces), None
+    decision = model.choose(ids, permitted=allowed)
+    names = model.bank.names
+    winner, runner_up = (
+        None if place < 0 else names[place] for place in (int(decision.winner), int(decision.runner_up))
+    )
+    choice = Choice(winner, runner_up, float(decision.margin))
+    if asked.permitted is not None and not asked.permitted:
+        return tuple(TokenRow(piece, True, None) for piece in pieces), (), choice
+    return *_by_evidence(prompt_evidence(model, ids, permitted=asked.permitted), pieces), choice
+
+
+def _by_token(trace: Trace, pieces: list[str]) -> tuple[tuple[TokenRow, ...], tuple[LayerRow, ...]]:
+    shares = trace.tokens(0) or [{} for _ in pieces]  # mixing scorers decide nothing, so they leave no trace
+    tokens = tuple(
+        TokenRow(piece, True, next(iter(share), None), shares=share)
+        for piece, share in zip(pieces, shares, strict=True)
+    )
+    return tokens, tuple(LayerRow(module, tuple(winners)) for module, winners in trace.winners(0).items())
+
+
+def _by_evidence(evidence: Evidence, pieces: list[str]) -> tuple[tuple[TokenRow, ...], tuple[LayerRow, ...]]:
+    rows: list[TokenRow] = []
+    for place, piece in enumerate(pieces):
+        scores = _numbers(evidence.names, evidence.tokens[place])
+        running = _numbers(evidence.names, evidence.running[place])
+        winner = max(scores, key=scores.__getitem__) if scores else None
+        rows.append(TokenRow(piece, bool(evidence.counted[place]), winner, scores=scores, running=running))
+    layers = tuple(LayerRow(module, scores=_numbers(evidence.names, v)) for module, v in evidence.layers.items())
+    return tuple(rows), layers
+
+
+def _numbers(names: tuple[str, ...], values: Tensor) -> dict[str, float]:
+    """Name → score, ineligible adapters left out."""
+    return {name: value for name, value in zip(names, values.tolist(), strict=True) if not math.isnan(value)}
+
+
+def _continuations(
+    model: RoutedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, asked: RouteSettings, progress: Progress
+) -> tuple[str | None, str | None]:
+    """What the routed model says, and what the base alone does."""
+    if asked.max_new_tokens == 0 or not model.model.can_generate():
+        return None, None
+    allowed = None if asked.permitted is None else [asked.permitted]
+    progress("continuing the prompt", 0, 0)
+
+    def continued(permitted: list[frozenset[str]] | None) -> str:
+        made = model.generate(
+            ids,
+            permitted=permitted,
+            do_sample=False,
+            max_new_tokens=asked.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        start = 0 if model.model.config.is_encoder_decoder else ids.shape[1]
+        return str(tokenizer.decode(made[0][start:], skip_special_tokens=True))
+
+    said = continued(allowed)
+    if not asked.compare_base:
+        return said, None
+    progress("continuing it with the base alone", 0, 0)
+    return said, continued([frozenset()])

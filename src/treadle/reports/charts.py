@@ -1,0 +1,177 @@
+"""Charts as inline SVG: pure functions from numbers to markup that needs nothing from outside the page.
+
+Ink and grid take the page's colours, so light and dark both read; every mark carries its value as a tooltip.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C7A00")
+"""Okabe and Ito's colours, which colour-blind readers tell apart; the yellow darkened to stand on white."""
+
+NEUTRAL = "#808080"
+"""The base model, and whatever is nobody's."""
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """Name → colour, in order; an eighth name begins again."""
+    return {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a heat map: what it shows, and how it is explained."""
+
+    value: float
+    text: str
+    tip: str
+
+
+def heat_map(
+    cells: Mapping[tuple[str, str], Cell], *, title: str, row_head: str = "", highest: float | None = None
+) -> Markup:
+    """A map of rows × columns, both in order of first appearance; the fuller the blue, the larger the value.
+
+    Args:
+        cells: (row, column) → cell.
+        title: what a screen reader says.
+        row_head: what the rows are.
+        highest: the value of the fullest blue; the largest there is if None.
+    """
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    columns = list(dict.fromkeys(column for _, column in cells))
+    top = highest or max((abs(cell.value) for cell in cells.values()), default=0.0) or 1.0
+    left = 16 + 6.5 * max(map(len, [*rows, row_head]), default=1)
+    width = max(56.0, 14 + 6.5 * max(map(len, columns), default=1))
+    parts = [_text(left + (place + 0.5) * width, 14, column, "middle") for place, column in enumerate(columns)]
+    parts.append(_text(left - 8, 14, row_head, "end", "muted"))
+    for down, row in enumerate(rows):
+        y = 22.0 + 20 * down
+        parts.append(_text(left - 8, y + 14, row, "end"))
+        for across, column in enumerate(columns):
+            if (row, column) in cells:
+                parts.append(_cell(cells[row, column], left + across * width, y, width, top))
+    return _svg(parts, left + len(columns) * width + 4, 26.0 + 20 * len(rows), title)
+
+
+def _cell(cell: Cell, x: float, y: float, width: float, top: float) -> Markup:
+    strength = 0.04 + 0.86 * min(1.0, max(0.0, abs(cell.value) / top))
+    ink = "on" if strength > 0.55 else "ink"
+    return Markup(
+        '<g><title>{}</title><rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="19" rx="2" fill="{}" '
+        'fill-opacity="{:.2f}"/><text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text></g>'
+    ).format(cell.tip, x, y, width - 1, PALETTE[0], strength, ink, x + width / 2, y + 14, cell.text)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """An estimate with its interval, drawn on the line of its label.
+
+    Attributes:
+        label: of the line.
+        group: decides colour and shape.
+        value: the estimate.
+        low: lower end.
+        high: upper end.
+        tip: the tooltip.
+    """
+
+    label: str
+    group: str
+    value: float
+    low: float
+    high: float
+    tip: str
+
+
+def dot_chart(dots: Sequence[Dot], groups: Sequence[str], *, title: str) -> Markup:
+    """Dots with their intervals on an axis from 0 to 1, a band a label, a line a group within it."""
+    labels = list(dict.fromkeys(dot.label for dot in dots))
+    tints = colours(groups)
+    left, width = 16 + 6.8 * max(map(len, labels), default=1), 420.0
+    band = 8 + 11.0 * len(groups)
+    bottom = 8 + band * len(labels)
+    parts = [_tick(left + width * share, bottom, f"{share:g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for down, label in enumerate(labels):
+        parts.append(_text(left - 10, 8 + band * (down + 0.5) + 4, label, "end"))
+    for dot in dots:
+        y = 8 + band * labels.index(dot.label) + 9 + 11 * groups.index(dot.group)
+        parts.append(_dot(dot, left, width, y, tints[dot.group]))
+    return _svg(parts, left + width + 16, bottom + 20, title)
+
+
+def _dot(dot: Dot, left: float, width: float, y: float, tint: str) -> Markup:
+    low, high, middle = (left + width * share for share in (dot.low, dot.high, dot.value))
+    return Markup(
+        '<g><title>{}</title><line x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}" stroke="{}" stroke-width="3" '
+        'stroke-opacity="0.45" stroke-linecap="round"/><circle cx="{:.1f}" cy="{:.1f}" r="4.2" fill="{}"/></g>'
+    ).format(dot.tip, low, high, y, y, tint, middle, y, tint)
+
+
+def _tick(x: float, bottom: float, label: str) -> Markup:
+    line = Markup('<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="4" y2="{:.1f}"/>').format(x, x, bottom)
+    return line + _text(x, bottom + 14, label, "middle", "muted")
+
+
+def line_chart(
+    series: Mapping[str, Sequence[float]], tints: Mapping[str, str], *, title: str, x_label: str, y_label: str
+) -> Markup:
+    """One line a series over its places 1, 2, …; what is not a number leaves a gap."""
+    values = [value for line in series.values() for value in line if math.isfinite(value)]
+    low, high = min([*values, 0.0]), max([*values, 1e-9])
+    longest = max(map(len, series.values()), default=1)
+    left, top, width, height = 52.0, 10.0, 520.0, 200.0
+
+    def x_of(place: int) -> float:
+        return left + width * (place / max(1, longest - 1))
+
+    def y_of(value: float) -> float:
+        return top + height * (high - value) / ((high - low) or 1.0)
+
+    parts: list[Markup] = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        value = low + share * (high - low)
+        line = '<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
+        parts.append(Markup(line).format(left, left + width, y_of(value), y_of(value)))
+        parts.append(_text(left - 6, y_of(value) + 4, f"{value:.2f}", "end", "muted"))
+    for name, line in series.items():
+        parts.append(_path(name, line, tints.get(name, NEUTRAL), x_of, y_of))
+    parts.append(_text(left, top + height + 18, "1", "middle", "muted"))
+    parts.append(_text(left + width, top + height + 18, str(longest), "middle", "muted"))
+    parts.append(_text(left + width / 2, top + height + 18, x_label, "middle", "muted"))
+    # The y label stands above the plot, where it needs no turned head.
+    return Markup('<p class="axis">{}</p>').format(y_label) + _svg(parts, left + width + 20, top + height + 24, title)
+
+
+def _path(
+    name: str, line: Sequence[float], tint: str, x_of: Callable[[int], float], y_of: Callable[[float], float]
+) -> Markup:
+    steps: list[str] = []
+    pen_up = True
+    for place, value in enumerate(line):
+        if math.isfinite(value):
+            steps.append(f"{'M' if pen_up else 'L'}{x_of(place):.1f} {y_of(value):.1f}")
+        pen_up = not math.isfinite(value)
+    mark = '<path d="{}" fill="none" stroke="{}" stroke-width="2" stroke-linejoin="round"><title>{}</title></path>'
+    return Markup(mark).format(" ".join(steps), tint, name)
+
+
+def legend(tints: Mapping[str, str]) -> Markup:
+    """A line of swatches with their names."""
+    swatch = '<span class="key"><i style="background:{}"></i>{}</span>'
+    return Markup('<p class="legend">{}</p>').format(
+        Markup("").join(Markup(swatch).format(tint, name) for name, tint in tints.items())
+    )
+
+
+def _text(x: float, y: float, content: str, anchor: str, kind: str = "ink") -> Markup:
+    mark = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
+    return Markup(mark).format(kind, x, y, anchor, content)
+
+
+def _svg(parts: Sequence[Markup], width: float, height: float, title: str) -> Markup:
+    head = '<svg role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" style="max-width:{:.0f}px">{}</svg>'
+    return Markup(head).format(escape(title), width, height, width, Markup("").join(parts))
