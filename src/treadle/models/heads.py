@@ -25,7 +25,7 @@ from treadle.progress import Progress, silent
 from treadle.randomness import uniform
 
 HEAD_FILE = "treadle-head.json"
-_RIDGE = 1e-4  # times ‖W‖², so that separable data have a finite optimum
+_RIDGE = 1e-4  # times ‖W‖² over standardised features, so that separable data have a finite optimum
 _BATCH, _TOKENS = 32, 512
 
 Examples = Iterable[tuple[str, str]]
@@ -169,22 +169,26 @@ def _features(
 
 
 def _fit(head: nn.Linear, features: Float[Tensor, "examples features"], targets: Int[Tensor, " examples"]) -> None:
-    """Set the head to the minimum of cross-entropy + ridge, by L-BFGS in float64 from zero."""
+    """Set the head to the minimum of cross-entropy + ridge on standardised features, by L-BFGS in float64 from zero."""
+    stored_bias = dict(head.named_parameters()).get("bias")
     inputs = features.double()
+    centre = torch.zeros_like(inputs[0]) if stored_bias is None else inputs.mean(0)
+    spread = (inputs - centre).square().mean(0).sqrt()
+    spread = torch.where(spread > 0, spread, 1.0)
+    standard = (inputs - centre) / spread
     weight = torch.zeros_like(head.weight, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(head.out_features, dtype=torch.float64, requires_grad=True)
-    stored_bias = dict(head.named_parameters()).get("bias")
     free = [weight] if stored_bias is None else [weight, bias]
     optimizer = torch.optim.LBFGS(free, max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = nn.functional.cross_entropy(inputs @ weight.T + bias, targets) + _RIDGE * weight.square().sum()
+        value = nn.functional.cross_entropy(standard @ weight.T + bias, targets) + _RIDGE * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     with torch.no_grad():
-        head.weight.copy_(weight)
+        head.weight.copy_(weight / spread)
         if stored_bias is not None:
-            stored_bias.copy_(bias)
+            stored_bias.copy_(bias - (weight / spread) @ centre)

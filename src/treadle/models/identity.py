@@ -24,7 +24,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from treadle.errors import FormatError, InputError, TreadleError, UnsupportedError
-from treadle.files import contained, read_json, write_json
+from treadle.files import checked_name, read_json, write_json
 from treadle.models.cache import cache_folder
 
 _CHUNK = 1 << 22
@@ -178,7 +178,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         InputError: there is no checkpoint.
         UnsupportedError: it is a pickle.
-        FormatError: the index names a file that is missing or lies outside `folder`.
+        FormatError: the index names a file that is missing.
     """
     config, whole, index = (folder / n for n in ("config.json", "model.safetensors", "model.safetensors.index.json"))
     if not config.is_file():
@@ -187,7 +187,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [config, whole]
     if not index.is_file():
         raise _without_checkpoint(folder)
-    shards = [contained(folder, shard) for shard in sorted(set(_weight_map(index).values()))]
+    shards = [folder / shard for shard in sorted(set(_weight_map(index).values()))]
     for shard in shards:
         if not shard.is_file():
             raise FormatError(f"{shard.name} is missing", where=folder, remedy="download the model again")
@@ -209,7 +209,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index).get("weight_map")
     if not isinstance(content, dict) or not all(isinstance(shard, str) for shard in content.values()):
         raise FormatError("no weight_map", where=index, remedy="download the model again")
-    return {str(name): str(shard) for name, shard in content.items()}
+    # The hub's own cache links its shards from elsewhere, so the name is checked and not where it leads.
+    return {str(name): checked_name(str(shard), where=index) for name, shard in content.items()}
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -223,7 +224,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if len(checkpoint_files(folder)) == 2:
         return _read_header(folder / "model.safetensors")
     weights = _weight_map(folder / "model.safetensors.index.json")
-    headers = {shard: _read_header(contained(folder, shard)) for shard in set(weights.values())}
+    headers = {shard: _read_header(folder / shard) for shard in set(weights.values())}
     for name, shard in weights.items():
         if name not in headers[shard]:
             raise FormatError(f"{shard} lacks {name}", where=folder, remedy="download the model again")

@@ -117,7 +117,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "float32") -> Pr
             where=folder,
             remedy="a model must not be completed at random: use the whole checkpoint, or `treadle models with-head`",
         )
-    return nn.Module.to(model, target).eval().requires_grad_(False)
+    nn.Module.to(model, target)
+    return model.eval().requires_grad_(False)
 
 
 def choose_device(device: str) -> torch.device:
