@@ -136,9 +136,13 @@ class AdapterFamily:
         if files.sha256_of(path) != digest:
             raise FormatError("the frozen A were changed: SHA-256 differs", where=path, remedy="restore the file")
         ranks = RankPlan.from_json(plan, where=folder / METADATA)
-        ordered = {name: lora_A[name] for name in ranks.modules if name in lora_A}
-        if len(ordered) != len(ranks.modules) or len(lora_A) != len(ordered):
+        if lora_A.keys() != ranks.modules.keys():
             raise FormatError("its modules are not those of the plan", where=path, remedy="restore the file")
+        for name, row in ranks.modules.items():
+            A = lora_A[name]
+            if (A.dtype, tuple(A.shape)) != (torch.float32, (row.rank, row.in_features)) or not A.isfinite().all():
+                raise FormatError(f"{name!r} is not what the plan says", where=path, remedy="restore the file")
+        ordered = {name: lora_A[name] for name in ranks.modules}
         return AdapterFamily(identity, ranks, MappingProxyType(ordered), init, seed, path.read_bytes(), metadata)
 
 

@@ -113,7 +113,7 @@ prompt = "question {text} answer"
 paraphrases = ["{text} : answer", "question : {text}"]
 bare = "{text}"
 completion = " {label}"
-metric = { kind = "exact-match", field = "label" }
+metric = { kind = "exact-match", field = "label", max_new_tokens = 2 }
 data = { train = "signs.jsonl" }
 """
     (root / "signs.toml").write_text(task)
@@ -172,7 +172,7 @@ def test_two_processes_do_not_train_one_adapter(root: Path, configure: Configure
         ({"data": 'sprit = "train"'}, "key 'data.source.sprit'.*; delete the key"),
         ({"sft": "epochs = 0"}, "key 'sft': .*epochs is 0; it must be at least 1"),
         ({"sft": 'epochs = "many"'}, "key 'sft.epochs'"),
-        ({"sft": "learning_rat = 1"}, "key 'sft.learning_rat'.*; delete the key"),
+        ({"sft": "learning_rat = 1"}, "key 'sft.learning_rat': Unexpected keyword"),
         ({"sft": 'overlong = "wrap"'}, "key 'sft.overlong'"),
     ],
 )
