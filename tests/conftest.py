@@ -9,7 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub, whatever the shel
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -26,6 +29,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+if TYPE_CHECKING:
+    from treadle.family.adapter import Adapter
+    from treadle.family.family import AdapterFamily
+    from treadle.family.plan import LayerShape
+    from treadle.routing.bank import AdapterBank
 
 VOCABULARY = 128
 
@@ -163,3 +172,84 @@ def smollm2() -> Path:
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2."""
     return fetched("minilm-l6")
+
+
+def family_of(model: PreTrainedModel, *, rank: int = 4, kinds: Sequence[str] | None = None) -> "AdapterFamily":
+    """A family over a tiny model, scaling 2."""
+    from treadle.family.family import AdapterFamily
+    from treadle.family.injection import linear_shapes
+    from treadle.family.plan import RankPlan
+    from treadle.models.identity import BaseIdentity
+
+    plan = RankPlan.uniform(linear_shapes(model, kinds), rank=rank, scaling=2.0)
+    return AdapterFamily.create(base=BaseIdentity("tiny", "0" * 64), plan=plan, seed=3)
+
+
+def adapter_of(family: "AdapterFamily", name: str, *, scale: float = 0.3) -> "Adapter":
+    """A member whose B is drawn from its name; strong enough to change what a tiny model says."""
+    from treadle.family.adapter import Adapter, Provenance
+
+    generator = torch.Generator().manual_seed(int.from_bytes(name.encode()[-4:], "big"))
+    lora_B = {
+        module: scale * torch.randn(row.out_features, row.rank, generator=generator)
+        for module, row in family.plan.modules.items()
+    }
+    return Adapter.of_family(family, name, lora_B, provenance=Provenance("test"))
+
+
+def foreign_of(family: "AdapterFamily", name: str, *, rank: int = 3, every: int = 2) -> "Adapter":
+    """An adapter with an A of its own, another rank, and only every second module of the family."""
+    from treadle.family.adapter import Adapter, Provenance
+    from treadle.family.plan import RankPlan
+
+    generator = torch.Generator().manual_seed(int.from_bytes(name.encode()[-4:], "big"))
+    shapes = dict(list(family_shapes(family).items())[::every])
+    plan = RankPlan.uniform(shapes, rank=rank, scaling=1.5)
+    lora_A = {m: 0.2 * torch.randn(rank, s.in_features, generator=generator) for m, s in shapes.items()}
+    lora_B = {m: 0.3 * torch.randn(s.out_features, rank, generator=generator) for m, s in shapes.items()}
+    return Adapter(name, plan, lora_A, lora_B, None, None, Provenance("foreign"))
+
+
+def family_shapes(family: "AdapterFamily") -> "dict[str, LayerShape]":
+    return {module: row.shape for module, row in family.plan.modules.items()}
+
+
+PASSAGES = (
+    "the film is good : a question of colour",
+    "w60 w61 w62 w63 w64 w65",
+    "why is the answer not positive ?",
+    "a b c d e f g h",
+    "who where when number 1 2 3",
+    "yes no bad w70 w71 ( w72 )",
+)
+
+
+def bank_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, foreign: bool = True, access: str = "open"
+) -> "AdapterBank":
+    """Four members and a foreign adapter, calibrated on `PASSAGES`."""
+    from treadle.routing.bank import AdapterBank
+    from treadle.routing.calibration import PublicCalibration
+
+    family = family_of(model)
+    adapters = [adapter_of(family, name, scale=scale) for name, scale in MEMBERS.items()]
+    adapters += [foreign_of(family, "stranger")] if foreign else []
+    return AdapterBank.build(
+        family, adapters, calibration=PublicCalibration(PASSAGES), model=model, tokenizer=tokenizer, access=access
+    )
+
+
+MEMBERS = {"alpha": 0.3, "beta": 0.5, "gamma": 0.3, "delta": 0.2}
+
+
+@pytest.fixture(scope="session")
+def make() -> SimpleNamespace:
+    """The functions above, since test modules cannot import this file."""
+    return SimpleNamespace(
+        family=family_of,
+        adapter=adapter_of,
+        foreign=foreign_of,
+        bank=bank_of,
+        passages=PASSAGES,
+        members=tuple(MEMBERS),
+    )

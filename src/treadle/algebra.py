@@ -11,6 +11,9 @@ from torch import Tensor
 FP32_UNIT = 2.0**-24
 """The unit roundoff of float32: half the gap between 1 and the next number."""
 
+FP64_UNIT = 2.0**-53
+"""The unit roundoff of float64."""
+
 
 def packed_gram(B: Float[Tensor, "outer rank"]) -> Float[Tensor, " pairs"]:
     """BᵀB, packed, in float64: ‖B z‖² is the inner product of this with `pair_products(z)`."""
@@ -27,20 +30,16 @@ def pair_products(z: Float[Tensor, "tokens rank"]) -> Float[Tensor, "tokens pair
     return z[:, rows] * z[:, columns]
 
 
-def squared_norm_error(z: Float[Tensor, "tokens rank"], traces: Float[Tensor, " adapters"]) -> Float[Tensor, "tokens adapters"]:
-    """How far a float32 inner product of `pair_products(z)` and packed Grams can be from ‖B z‖², at most.
+def squared_norm_error(rank: int) -> float:
+    """How far a float32 ⟨`pair_products(z)`, packed Gram⟩ can be from ‖B z‖², at most, as a share of ‖z‖²·‖B‖_F².
 
     Each of the p = r(r+1)/2 terms carries at most p + 5 roundings (two of z, one of the product, one of the stored
     Gram, the summation in any order), and Σ abs(z_i z_j G_ij) ≤ ‖z‖²·tr G since abs(G_ij) ≤ √(G_ii G_jj).
-
-    Args:
-        z: the float32 (or wider) A·x.
-        traces: tr(BᵀB) of every adapter.
+    It holds where nothing underflows: for z and B scaled to unit norm, whatever they were before.
     """
-    pairs = z.shape[1] * (z.shape[1] + 1) // 2
-    # 1.01 covers the roundings of this line itself and the second-order terms of the summation bound.
-    slack = 1.01 * (pairs + 5) * FP32_UNIT
-    return (slack * z.square().sum(1, keepdim=True)) * traces
+    pairs = rank * (rank + 1) // 2
+    # 1.01 covers the second-order terms of the summation bound, and what float64 rounds on the way.
+    return 1.01 * (pairs + 5) * FP32_UNIT
 
 
 def top_right_singular_vector(

@@ -273,7 +273,7 @@ def _member(
 
 
 def _update_norms(factors: LayerFactors) -> list[float]:
-    """‖ΔW‖_F of every adapter at one layer, from the stored Gram factors: ‖BA‖² = ⟨BᵀB, AAᵀ⟩."""
+    """‖ΔW‖_F of every adapter at one layer: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, from Gram factors stored for B of norm 1."""
     found = [0.0] * len(factors.present)
     for group in factors.groups:
         A = group.A.double()

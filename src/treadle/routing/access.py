@@ -37,11 +37,11 @@ def permitted_mask(
         raise AccessError("a string is not a set of names", remedy="pass permitted=[{'name', …}], one set a row")
     if len(permitted) != rows:
         raise AccessError(f"{len(permitted)} permitted sets for {rows} rows", remedy="pass one set a row")
-    known = set(names)
-    for allowed in permitted:
-        unknown = sorted(set(allowed or ()) - known)
+    sets = [None if allowed is None else frozenset(allowed) for allowed in permitted]  # an iterator is read once
+    for allowed in sets:
+        unknown = sorted(repr(name) for name in allowed or () if name not in names)
         if unknown:
-            raise AccessError(f"unknown adapter {unknown[0]!r}", remedy="use names of `treadle bank list`")
-    return torch.tensor([[allowed is None or name in allowed for name in names] for allowed in permitted]).reshape(
+            raise AccessError(f"unknown adapter {unknown[0]}", remedy="use names of `treadle bank list`")
+    return torch.tensor([[allowed is None or name in allowed for name in names] for allowed in sets]).reshape(
         rows, len(names)
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +37,10 @@ class AdapterBank:
     statistics: Statistics | None
     access: Access
 
+    def __post_init__(self) -> None:
+        if self.access not in get_args(Access):  # a misspelt "required" must not open the bank
+            raise InputError(f"no such access {self.access!r}", remedy=f"choose among {', '.join(get_args(Access))}")
+
     @staticmethod
     def build(
         family: AdapterFamily,
@@ -61,7 +65,7 @@ class AdapterBank:
             progress: told of the calibration.
 
         Raises:
-            InputError: no adapter, or two of one name.
+            InputError: no adapter, two of one name, or an unknown `access`.
             MismatchError: an adapter of another family or base.
         """
         if not adapters:
@@ -163,6 +167,12 @@ def _admitted(adapter: Adapter, family: AdapterFamily) -> Adapter:
     """The adapter as the bank keeps it."""
     if adapter.family is not None:
         return adapter.member_of(family)
+    if adapter.base is not None and adapter.base.sha256 != family.base.sha256:
+        raise MismatchError(
+            f"trained on base {adapter.base.name!r}, the bank's is {family.base.name!r}",
+            where=adapter.name,
+            remedy="use adapters of one base",
+        )
     for module, row in adapter.plan.modules.items():
         planned = family.plan.modules.get(module)
         if planned is not None and planned.shape != row.shape:

@@ -9,6 +9,7 @@
 Opening reads the factors and the statistics; a lora_B is read from its memory-mapped file when it first acts.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -73,13 +74,20 @@ def save_bank(bank: AdapterBank, folder: Path) -> None:
         InputError: the folder holds a bank of another family, or something else than a bank.
         UnavailableError: the disk refuses.
     """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / METADATA).exists():
-            raise InputError("the folder is not empty and holds no bank", where=folder, remedy="choose another folder")
-        if AdapterFamily.load(folder / "family").fingerprint != bank.family.fingerprint:
-            raise InputError("the folder holds a bank of another family", where=folder, remedy="choose another folder")
-    if not (folder / "family").exists():
-        bank.family.save(folder / "family")
+    if not folder.exists() or not any(folder.iterdir()):
+        with files.new_folder(folder, overwrite=True) as temporary:
+            bank.family.save(temporary / "family")
+            _write(bank, temporary)
+        return
+    if not (folder / METADATA).exists():
+        raise InputError("the folder is not empty and holds no bank", where=folder, remedy="choose another folder")
+    if AdapterFamily.load(folder / "family").fingerprint != bank.family.fingerprint:
+        raise InputError("the folder holds a bank of another family", where=folder, remedy="choose another folder")
+    _sweep(folder, _write(bank, folder))
+
+
+def _write(bank: AdapterBank, folder: Path) -> dict[str, object]:
+    """Write what `bank.json` names, then `bank.json`; return its content."""
     entries = [_write_adapter(folder, adapter) for adapter in bank.adapters]
     content: dict[str, object] = {
         "format": FORMAT,
@@ -91,14 +99,15 @@ def save_bank(bank: AdapterBank, folder: Path) -> None:
         "calibration": None if bank.statistics is None else _write_statistics(folder, bank.statistics),
     }
     files.write_json(folder / METADATA, content)
-    _sweep(folder, content)
+    return content
 
 
 def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
     """Write the tensors under a name that holds their digest; return the name, relative to `folder`."""
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    name = f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    if not (folder / name).exists():
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{stem}-{digest[:16]}.safetensors"
+    if not (folder / name).exists() or files.sha256_of(folder / name) != digest:
         files.write_bytes(folder / name, content)
     return name
 
@@ -123,7 +132,7 @@ def _factor_tensors(bank: AdapterBank) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module, factors in bank.layers.items():
         for place, group in enumerate(factors.groups):
-            tensors |= {f"{module}/{place}/grams": group.grams, f"{module}/{place}/traces": group.traces}
+            tensors |= {f"{module}/{place}/grams": group.grams, f"{module}/{place}/norms": group.norms}
     return tensors
 
 
@@ -150,7 +159,8 @@ def _sweep(folder: Path, content: Mapping[str, object]) -> None:
     kept |= {str(calibration["file"])} if calibration else set()
     for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
         if file.relative_to(folder).as_posix() not in kept:
-            file.unlink()
+            with contextlib.suppress(OSError):  # the bank is whole without it; some systems keep open files
+                file.unlink()
 
 
 def load_bank(folder: Path) -> AdapterBank:
@@ -171,10 +181,13 @@ def load_bank(folder: Path) -> AdapterBank:
         adapters = tuple(
             _open_adapter(folder, family, row) for row in cast("list[dict[str, object]]", content["adapters"])
         )
-        tensors = read_tensors(files.contained(folder, str(content["factors"])))
-        layers = {module: _open_layer(module, adapters, tensors) for module in cast("list[str]", content["modules"])}
+        modules = cast("list[str]", content["modules"])
+        if sorted(modules) != sorted({module for adapter in adapters for module in adapter.plan.modules}):
+            raise FormatError("its modules are not those of its adapters", where=path, remedy="restore the file")
+        tensors = _read_checked(files.contained(folder, str(content["factors"])))
+        layers = {module: _open_layer(module, adapters, tensors, path) for module in modules}
         access, calibration = content["access"], content["calibration"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"key {error} is missing or of a wrong type", where=path, remedy="restore the file"
         ) from error
@@ -185,7 +198,7 @@ def load_bank(folder: Path) -> AdapterBank:
     bank = AdapterBank(family, adapters, MappingProxyType(layers), None, cast("Access", access))
     if calibration is None:
         return bank
-    return bank.with_statistics(_open_statistics(folder, cast("dict[str, object]", calibration), layers))
+    return bank.with_statistics(_open_statistics(folder, cast("dict[str, object]", calibration), bank))
 
 
 def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]) -> Adapter:
@@ -213,33 +226,45 @@ def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]
     )
 
 
-def _open_layer(module: str, adapters: tuple[Adapter, ...], tensors: Mapping[str, Tensor]) -> LayerFactors:
+def _read_checked(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that is read whole, so that its digest costs little to check."""
+    tensors = read_tensors(path)
+    _check_digest(path)
+    return tensors
+
+
+def _check_digest(path: Path) -> None:
+    if not path.stem.endswith(f"-{files.sha256_of(path)[:16]}"):
+        raise FormatError("the file was changed: SHA-256 differs", where=path, remedy="restore or rebuild the bank")
+
+
+def _open_layer(module: str, adapters: tuple[Adapter, ...], tensors: Mapping[str, Tensor], path: Path) -> LayerFactors:
     """The layer's factors as stored, grouped as `build_factors` groups them."""
-    groups = [
-        Group(
-            torch.tensor(columns),
-            adapters[columns[0]].lora_A[module].float(),
-            tensors[f"{module}/{place}/grams"],
-            tensors[f"{module}/{place}/traces"],
-        )
-        for place, columns in enumerate(grouped(module, adapters))
-    ]
+    groups: list[Group] = []
+    for place, columns in enumerate(grouped(module, adapters)):
+        A = adapters[columns[0]].lora_A[module].float()
+        grams, norms = tensors[f"{module}/{place}/grams"], tensors[f"{module}/{place}/norms"]
+        if grams.shape != (len(columns), A.shape[0] * (A.shape[0] + 1) // 2) or norms.shape != (len(columns),):
+            raise FormatError(f"the factors of {module!r} are of other adapters", where=path, remedy="rebuild the bank")
+        groups.append(Group(torch.tensor(columns), A, grams, norms))
     return assemble(module, adapters, groups)
 
 
-def _open_statistics(folder: Path, row: Mapping[str, object], modules: Mapping[str, object]) -> Statistics:
+def _open_statistics(folder: Path, row: Mapping[str, object], bank: AdapterBank) -> Statistics:
     try:
-        tensors = read_tensors(files.contained(folder, str(row["file"])))
+        tensors = _read_checked(files.contained(folder, str(row["file"])))
+        if any(tensor.shape != (len(bank.adapters),) for tensor in tensors.values()):
+            raise FormatError("calibrated for other adapters", where=folder / METADATA, remedy="calibrate again")
         return Statistics(
-            {module: tensors[f"mean/{module}"] for module in modules},
-            {module: tensors[f"std/{module}"] for module in modules},
+            {module: tensors[f"mean/{module}"] for module in bank.layers},
+            {module: tensors[f"std/{module}"] for module in bank.layers},
             str(row["source"]),
             str(row["digest"]),
             int(cast("int", row["tokens"])),
             bool(row["spends_privacy"]),
             tuple(cast("list[int]", row["ignored_tokens"])),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"calibration lacks {error}", where=folder / METADATA, remedy="calibrate again") from error
 
 
@@ -250,5 +275,4 @@ def verify_bank(folder: Path) -> None:
         FormatError: a file was changed.
     """
     for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
-        if not file.stem.endswith(f"-{files.sha256_of(file)[:16]}"):
-            raise FormatError("the file was changed: SHA-256 differs", where=file, remedy="restore or rebuild the bank")
+        _check_digest(file)

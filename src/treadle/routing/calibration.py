@@ -6,7 +6,8 @@ article does, and marks the bank accordingly.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 
@@ -15,11 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from treadle.errors import InputError
-from treadle.family.injection import Attachment, adapted_layers
-from treadle.family.plan import LayerShape
+from treadle.errors import InputError, UnsupportedError
+from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.progress import Progress, silent
-from treadle.routing.factors import LayerFactors, squared_norms
+from treadle.routing.factors import LayerFactors, latent, triangles
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class PublicCalibration:
     texts: Sequence[str]
     name: str = "public"
 
+    def __post_init__(self) -> None:
+        _check_passages(self.texts, self.name)
+
     @property
     def spends_privacy(self) -> bool:
         """False: nothing here is a function of an adapter's training data but its B."""
@@ -88,6 +91,10 @@ class OwnCalibration:
     texts: Mapping[str, Sequence[str]]
     name: str = "own"
 
+    def __post_init__(self) -> None:
+        for adapter, texts in self.texts.items():
+            _check_passages(texts, adapter)
+
     @property
     def spends_privacy(self) -> bool:
         """True: the statistics are a function of the adapters' own data."""
@@ -105,6 +112,11 @@ class OwnCalibration:
 
 
 Calibration = PublicCalibration | OwnCalibration
+
+
+def _check_passages(texts: Sequence[str], where: str) -> None:
+    if isinstance(texts, str):  # a string is a sequence of strings too, one letter each
+        raise InputError("one string is not a list of passages", where=where, remedy="give a list")
 
 
 @dataclass(frozen=True)
@@ -160,13 +172,17 @@ def ignored_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def counted(input_ids: Tensor, attention_mask: Tensor | None, ignored: Sequence[int]) -> Bool[Tensor, "rows tokens"]:
-    """Which tokens count in statistics and prompt scores: neither padding nor special.
+    """Which tokens count in prompt scores: neither padding nor special.
 
     A row that consists of special tokens alone counts with all its unpadded tokens, so that it still has a score.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    plain = real & ~torch.isin(input_ids, torch.tensor(list(ignored), device=input_ids.device))
+    plain = real & ~_special(input_ids, ignored)
     return torch.where(plain.any(1, keepdim=True), plain, real)
+
+
+def _special(input_ids: Tensor, ignored: Sequence[int]) -> Bool[Tensor, "rows tokens"]:
+    return torch.isin(input_ids, torch.tensor(list(ignored), dtype=torch.long, device=input_ids.device))
 
 
 def calibrate(
@@ -179,10 +195,11 @@ def calibrate(
 ) -> Statistics:
     """Run the base model over the calibration's texts and return the statistics of every adapter at every layer.
 
-    The base acts alone, so an adapter's statistics do not depend on its neighbours.
+    The base acts alone and every adapter's norms are computed apart, in float64: its statistics are, bit for bit, the
+    same whoever else is in the bank. Neither padding nor special tokens count.
 
     Args:
-        model: the base model, in eval mode.
+        model: the base model; its dropout is off while it reads.
         tokenizer: the base's.
         layers: the factors, by module.
         names: the adapters, in the bank's order.
@@ -190,7 +207,10 @@ def calibrate(
         progress: told of every batch.
 
     Raises:
-        InputError: there is no text, or it has no token that counts.
+        InputError: there is no text, it has no token that counts, or a layer never ran on it.
+        UnsupportedError: a layer's inputs cannot be told apart by row and token.
+
+    Deviations: the decoder of an encoder–decoder reads the same text as its encoder, after the start token.
     """
     columns: dict[tuple[str, ...], list[int]] = {}
     for place, name in enumerate(names):
@@ -200,13 +220,19 @@ def calibrate(
     std = {module: torch.full((len(names),), torch.nan, dtype=torch.float64) for module in layers}
     tokens = 0
     for texts, places in columns.items():
-        moments = _moments(model, tokenizer, layers, texts, ignored, progress)
-        for module, found in moments.items():
-            keep = torch.tensor([i for i in places if bool(layers[module].present[i])], dtype=torch.long)
-            mean[module][keep], std[module][keep] = found.mean.cpu()[keep], found.std.cpu()[keep]
+        batches = text_batches(tokenizer, texts, longest=_longest(model))
+        for module, found in _moments(model, layers, places, batches, ignored, progress).items():
+            keep = [i for i in places if bool(layers[module].present[i])]
+            mean[module][keep], std[module][keep] = found.mean.cpu(), found.std.cpu()
             tokens = max(tokens, found.count)
     digest = "" if calibration.spends_privacy else _digest(calibration.texts_of(names[0]))
     return Statistics(mean, std, calibration.name, digest, tokens, calibration.spends_privacy, ignored)
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """How many tokens of a passage are read: 512, or as many as the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return min(512, limit) if isinstance(limit, int) and limit > 0 else 512
 
 
 def _digest(texts: Sequence[str]) -> str:
@@ -215,53 +241,94 @@ def _digest(texts: Sequence[str]) -> str:
 
 def _moments(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     layers: Mapping[str, LayerFactors],
-    texts: Sequence[str],
+    places: Sequence[int],
+    batches: Sequence[Mapping[str, Tensor]],
     ignored: Sequence[int],
     progress: Progress,
 ) -> dict[str, Moments]:
-    """The moments of every adapter's norm at every layer over one list of texts."""
+    """The moments of these adapters' norms at every layer that one of them has."""
     found: dict[str, Moments] = {}
-    mask = torch.zeros(0, dtype=torch.bool)
+    masks: list[Tensor] = []
 
-    def observer(factors: LayerFactors):
+    def observer(factors: LayerFactors) -> Delta:
+        norms = _norms_of(factors, places)
+
         def observe(x: Tensor) -> None:
-            rows = x.reshape(-1, x.shape[-1])
-            rows = rows[mask.flatten()] if rows.shape[0] == mask.numel() else rows
-            new = Moments.of(squared_norms(factors, rows)[0].sqrt())
-            found[factors.module] = found[factors.module].merge(new) if factors.module in found else new
+            kept = _selected(x, masks, factors.module)
+            if kept.shape[0] > 0:
+                new = Moments.of(norms(kept))
+                found[factors.module] = found[factors.module].merge(new) if factors.module in found else new
 
         return observe
 
-    modules = adapted_layers(model, {name: layer_shape(factors) for name, factors in layers.items()})
-    batches = text_batches(tokenizer, texts)
-    with torch.inference_mode(), Attachment(modules, {name: observer(f) for name, f in layers.items()}):
+    mine = {name: factors for name, factors in layers.items() if bool(factors.present[list(places)].any())}
+    targets = adapted_layers(model, {name: factors.shape for name, factors in mine.items()})
+    with torch.no_grad(), _evaluating(model), Attachment(targets, {name: observer(f) for name, f in mine.items()}):
         for done, batch in enumerate(batches):
             progress("calibrating", done, len(batches))
             ids, attention = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            mask = counted(ids, attention, ignored)
-            read_prompt(model, ids, attention)
+            masks[:] = [attention.bool() & ~_special(ids, ignored)]
+            if model.config.is_encoder_decoder:
+                masks.append(nn.functional.pad(masks[0], (1, 0)))
+            _read_text(model, ids, attention)
+    progress("calibrating", len(batches), len(batches))
     if not found:
         raise InputError("the calibration text has no token that counts", remedy="give longer text")
-    silent_layers = [name for name in layers if name not in found]
-    if silent_layers and not model.config.is_encoder_decoder:
-        raise InputError(
-            "this layer never ran while reading text", where=silent_layers[0], remedy="leave it out of the plan"
-        )
+    for name in mine:
+        if name not in found:
+            raise InputError("this layer never ran while reading text", where=name, remedy="leave it out of the plan")
     return found
 
 
+def _norms_of(factors: LayerFactors, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """x ↦ ‖B_i A_i x‖ of the adapters at these places that have the layer, (tokens, adapters) in float64."""
+    small = [(group, triangles(factors, group, places)) for group in factors.groups]
+
+    def norms(x: Tensor) -> Tensor:
+        columns: dict[int, Tensor] = {}
+        for group, by_place in small:
+            z = latent(group, x)
+            columns |= {place: torch.linalg.vector_norm(z @ R.T, dim=1) for place, R in by_place.items()}
+        return torch.stack([columns[place] for place in sorted(columns)], 1)
+
+    return norms
+
+
+def _selected(x: Tensor, masks: Sequence[Tensor], module: str) -> Tensor:
+    """The layer's inputs at the tokens that count; a layer that sees one vector a row (a pooler) counts every row."""
+    flat = x.reshape(-1, x.shape[-1])
+    for mask in masks:
+        if flat.shape[0] == mask.numel():
+            return flat[mask.flatten()]
+    if flat.shape[0] == masks[0].shape[0]:
+        return flat[masks[0].any(1)]
+    raise UnsupportedError(
+        "its inputs cannot be told apart by row and token", where=module, remedy="leave it out of the plan"
+    )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout is off until the block ends."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
 def text_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, tokens: int = 2048
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, tokens: int = 2048, longest: int = 512
 ) -> list[dict[str, Tensor]]:
-    """The texts as padded batches of about `tokens` tokens, shortest first, each text cut at 512 tokens.
+    """The texts as padded batches of about `tokens` tokens, shortest first, each text cut at `longest` tokens.
 
     Raises:
         InputError: there is no text.
     """
     lengths = sorted(
-        (len(tokenizer(text, truncation=True, max_length=512)["input_ids"]), text) for text in texts if text
+        (len(tokenizer(text, truncation=True, max_length=longest)["input_ids"]), text) for text in texts if text
     )
     if not lengths:
         raise InputError("there is no calibration text", remedy="give at least one passage")
@@ -271,14 +338,9 @@ def text_batches(
             groups.append([])
         groups[-1].append(text)
     return [
-        dict(tokenizer(group, return_tensors="pt", padding=True, truncation=True, max_length=512)) for group in groups
+        dict(tokenizer(group, return_tensors="pt", padding=True, truncation=True, max_length=longest))
+        for group in groups
     ]
-
-
-def layer_shape(factors: LayerFactors) -> LayerShape:
-    """The shape of the layer that the factors belong to."""
-    group = factors.groups[0]
-    return LayerShape(group.A.shape[1], factors.folded_B(int(group.columns[0])).shape[0])
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -292,16 +354,38 @@ def read_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
         model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         return
     trunk = model.base_model
-    if takes(trunk, "position_ids") and model.config.model_type not in _OWN_POSITIONS:
+    if wants_positions(model, trunk):
         trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask))
     else:
         trunk(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def _read_text(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Run every layer over the text; the decoder of an encoder–decoder reads it too, one place to the right."""
+    if not model.config.is_encoder_decoder:
+        read_prompt(model, input_ids, attention_mask)
+        return
+    start = model.config.decoder_start_token_id
+    start = model.config.pad_token_id if start is None else start
+    model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        decoder_input_ids=nn.functional.pad(input_ids, (1, 0), value=start or 0),
+        decoder_attention_mask=nn.functional.pad(attention_mask, (1, 0), value=1),
+    )
 
 
 # RoBERTa's kin count positions from the padding id on, by themselves.
 _OWN_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm"})
 
 
-def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has a parameter of this name."""
-    return argument in signature(model.forward).parameters
+def wants_positions(model: PreTrainedModel, part: nn.Module | None = None) -> bool:
+    """Whether padded rows need `positions` to be read as they would be alone: not where a model counts by itself.
+
+    Args:
+        model: the whole model.
+        part: what shall be called, if not the whole.
+    """
+    if model.config.is_encoder_decoder or model.config.model_type in _OWN_POSITIONS:
+        return False
+    return "position_ids" in signature((part or model).forward).parameters

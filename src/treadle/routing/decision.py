@@ -1,8 +1,8 @@
 """The exact argmax: float32 scores with proven error bounds, disputed decisions settled in float64.
 
 Order of work for every token: forbidden adapters are masked, then the best is taken, then every permitted adapter
-whose upper bound reaches the best lower bound is scored again from its stored matrices. Ties go to the adapter that
-stands first in the bank.
+whose upper bound reaches the best lower bound, or a tie with it, is scored again from its stored matrices. Ties go to
+the adapter that stands first in the bank.
 """
 
 from dataclasses import dataclass
@@ -47,9 +47,11 @@ def decide(factors: LayerFactors, x: Float[Tensor, "tokens inner"], scores: Scor
         scores: of a scorer on the same x.
         calibrated: whether they are z-scores (else plain norms).
     """
-    value = scores.value.double()
-    contenders = scores.upper >= scores.lower.max(1, keepdim=True).values
-    contenders &= scores.value > -torch.inf
+    value = scores.value
+    best = scores.lower.max(1, keepdim=True).values
+    # Twice the tie: what could be a tie with the winner is decided in float64 too.
+    contenders = scores.upper >= best - 2.0 * TIE * best.abs().clamp_min(1.0)
+    contenders &= value > -torch.inf
     disputed = contenders.sum(1) > 1
     if bool(disputed.any()):
         value = _settled(factors, x, value, contenders & disputed[:, None], calibrated=calibrated)
@@ -75,6 +77,6 @@ def _settled(factors: LayerFactors, x: Tensor, value: Tensor, contenders: Tensor
         rows = contenders[:, adapter].nonzero().flatten()
         norm = exact_norms(factors, adapter, x[rows])
         if calibrated:
-            norm = (norm - factors.mean[adapter].double()) / factors.std[adapter].double()
+            norm = (norm - factors.mean[adapter]) / factors.std[adapter]
         value[rows, adapter] = norm
     return value

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from treadle.algebra import packed_gram, pair_products, squared_norm_error, top_right_singular_vector
 from treadle.family.adapter import Adapter
+from treadle.family.plan import LayerShape
 
 # Below this share of its mean, the spread of a norm is rounding, not signal.
 _RELATIVE_FLOOR = 1e-6
@@ -25,18 +26,19 @@ class Group:
     Attributes:
         columns: their places in the bank.
         A: (rank, inner), float32 as stored.
-        grams: (adapters of the group, pairs), float32: packed BᵀB with the scaling folded in.
-        traces: tr(BᵀB), float32.
+        grams: (adapters of the group, pairs), float32: packed BᵀB, scaling folded in, divided by ‖B‖_F²; so no scale
+            of B under- or overflows.
+        norms: ‖B‖_F, float64.
     """
 
     columns: Tensor
     A: Float[Tensor, "rank inner"]
     grams: Float[Tensor, "members pairs"]
-    traces: Float[Tensor, " members"]
+    norms: Float[Tensor, " members"]
 
     def to(self, device: torch.device) -> "Group":
         """The same group on another device; the dtypes stay."""
-        return Group(self.columns.to(device), self.A.to(device), self.grams.to(device), self.traces.to(device))
+        return Group(self.columns.to(device), self.A.to(device), self.grams.to(device), self.norms.to(device))
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,17 @@ class LayerFactors:
 
     Attributes:
         module: the layer's full name.
+        shape: the layer's own.
         groups: the family's group first, if any adapter belongs to it, then the foreign ones.
         present: (adapters,), whether the adapter has this layer.
-        mean: (adapters,) of ‖B A x‖, float32; NaN before calibration.
-        std: (adapters,) of ‖B A x‖, float32; NaN before calibration.
+        mean: (adapters,) of ‖B A x‖, float64; NaN before calibration.
+        std: (adapters,) of ‖B A x‖, float64; NaN before calibration.
         prototypes: (adapters, inner), ARROW's unit vectors, float32; None until `with_prototypes` is asked for them.
         folded_B: loads the (out, rank) matrix of an adapter by its place in the bank.
     """
 
     module: str
+    shape: LayerShape
     groups: tuple[Group, ...]
     present: Bool[Tensor, " adapters"]
     mean: Float[Tensor, " adapters"]
@@ -96,16 +100,19 @@ def grouped(module: str, adapters: Sequence[Adapter]) -> list[list[int]]:
 
 def assemble(module: str, adapters: Sequence[Adapter], groups: Sequence[Group]) -> LayerFactors:
     """The uncalibrated factors of one layer from its groups."""
-    unknown = torch.full((len(adapters),), torch.nan)
+    unknown = torch.full((len(adapters),), torch.nan, dtype=torch.float64)
     present = torch.tensor([module in adapter.plan.modules for adapter in adapters])
-    return LayerFactors(module, tuple(groups), present, unknown, unknown, None, lambda i: adapters[i].folded_B(module))
+    shape = next(adapter.plan.modules[module].shape for adapter in adapters if module in adapter.plan.modules)
+    return LayerFactors(
+        module, shape, tuple(groups), present, unknown, unknown, None, lambda i: adapters[i].folded_B(module)
+    )
 
 
 def _group(module: str, adapters: Sequence[Adapter], columns: Sequence[int]) -> Group:
-    matrices = [adapters[i].folded_B(module) for i in columns]
-    grams = torch.stack([packed_gram(B) for B in matrices])
-    traces = torch.stack([B.double().square().sum() for B in matrices])
-    return Group(torch.tensor(columns), adapters[columns[0]].lora_A[module].float(), grams.float(), traces.float())
+    matrices = [adapters[i].folded_B(module).double() for i in columns]
+    norms = torch.stack([torch.linalg.matrix_norm(B) for B in matrices])
+    grams = torch.stack([packed_gram(B / n if n > 0 else B) for B, n in zip(matrices, norms, strict=True)])
+    return Group(torch.tensor(columns), adapters[columns[0]].lora_A[module].float(), grams.float(), norms)
 
 
 def latent(group: Group, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tokens rank"]:
@@ -117,24 +124,45 @@ def latent(group: Group, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tok
     return x.double() @ group.A.double().T
 
 
-def squared_norms(factors: LayerFactors, x: Float[Tensor, "tokens inner"]) -> tuple[Tensor, Tensor]:
-    """‖B_i A_i x‖² and a bound on its error, both (tokens, adapters) in float32; zero where an adapter lacks the layer.
+def scaled_norms(
+    factors: LayerFactors, x: Float[Tensor, "tokens inner"], units: Float[Tensor, " adapters"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """‖B_i A_i x‖ / units_i, a number never above it and one never below, each (tokens, adapters) in float64.
 
-    One product of width rank·(rank+1)/2 a group, no (tokens, adapters, rank) in between. Where the user has
-    lowered torch's float32 matmul precision, the product is taken in float64, so that the bound holds.
+    Zero where an adapter lacks the layer. The one costly product, of width rank·(rank+1)/2 a group and with no
+    (tokens, adapters, rank) in between, is taken in float32 on unit vectors; its error is the only one to be felt.
     """
-    count = factors.present.shape[0]
-    squares = x.new_zeros(x.shape[0], count, dtype=torch.float32)
-    errors = torch.zeros_like(squares)
-    exact = torch.get_float32_matmul_precision() == "highest"
+    value = x.new_zeros(x.shape[0], factors.present.shape[0], dtype=torch.float64)
+    lower, upper = torch.zeros_like(value), torch.zeros_like(value)
     for group in factors.groups:
-        z = latent(group, x).float()
-        products = pair_products(z)
-        grams = group.grams
-        scored = products @ grams.T if exact else (products.double() @ grams.double().T).float()
-        squares[:, group.columns] = scored.clamp_min(0.0)
-        errors[:, group.columns] = squared_norm_error(z, group.traces)
-    return squares, errors
+        z = latent(group, x)
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        products = pair_products((z / torch.where(length > 0, length, 1.0)).float())
+        squares = _product(products, group.grams)
+        scale = length * (group.norms / units[group.columns])
+        slack = squared_norm_error(z.shape[1])
+        value[:, group.columns] = squares.clamp_min(0.0).sqrt() * scale
+        lower[:, group.columns] = (squares - slack).clamp_min(0.0).sqrt() * scale
+        upper[:, group.columns] = (squares + slack).clamp_min(0.0).sqrt() * scale
+    return value, lower, upper
+
+
+def _product(left: Float[Tensor, "rows pairs"], right: Float[Tensor, "members pairs"]) -> Float[Tensor, "rows members"]:
+    """left · rightᵀ to float32 precision, in float64; wholly in float64 where the user let torch use less."""
+    try:
+        trusted = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch's way of saying that its newer settings, one a backend, have been used
+        trusted = False
+    return (left @ right.T).double() if trusted else left.double() @ right.double().T
+
+
+def triangles(factors: LayerFactors, group: Group, places: Sequence[int]) -> dict[int, Float[Tensor, "small rank"]]:
+    """Place → R in float64 with ‖R z‖ = ‖B z‖ (B = QR, arXiv 2509.18093), for those of `places` that are in the group.
+
+    Read from each adapter's stored B on its own, so that none of it depends on the rest of the bank.
+    """
+    mine = sorted(set(places) & set(group.columns.tolist()))
+    return {place: torch.linalg.qr(factors.folded_B(place).to(group.A.device).double(), mode="r").R for place in mine}
 
 
 def with_prototypes(factors: LayerFactors) -> LayerFactors:
@@ -159,4 +187,4 @@ def exact_norms(factors: LayerFactors, adapter: int, x: Float[Tensor, "tokens in
 
 def calibrated(factors: LayerFactors, statistics: Mapping[str, Tensor]) -> LayerFactors:
     """The factors with these "mean" and "std", (adapters,) each."""
-    return replace(factors, mean=statistics["mean"].float(), std=statistics["std"].float())
+    return replace(factors, mean=statistics["mean"].double(), std=statistics["std"].double())

@@ -2,20 +2,21 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from treadle.errors import InputError
+from treadle.errors import InputError, UnsupportedError
 from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
-from treadle.routing.calibration import counted, layer_shape, positions, read_prompt, takes
+from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
 from treadle.routing.decision import BASE, Decision, decide, ranked
 from treadle.routing.factors import LayerFactors, with_prototypes
 from treadle.routing.mixture import Mixture, act, mixture
@@ -36,10 +37,11 @@ class RoutedLayer(nn.Module):
     def matrix(self, adapter: int) -> Tensor:
         """The adapter's folded B on the layer's device, read once."""
         if adapter not in self._matrices:
-            self._matrices[adapter] = self.factors.folded_B(adapter).to(self.factors.present.device)
+            with torch.inference_mode(False):  # what is kept must also serve a later call that needs gradients
+                self._matrices[adapter] = self.factors.folded_B(adapter).to(self.factors.present.device)
         return self._matrices[adapter]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLayer":
         """Follow the model to another device; scores stay in float32 when the model turns to bfloat16."""
         device = fn(torch.empty(0, device=self.factors.present.device)).device
         self.factors = self.factors.to(device)
@@ -54,10 +56,14 @@ class _Acting:
     Attributes:
         permitted: (rows, adapters), None for all.
         chosen: (rows,) one adapter a row for all layers; None lets every layer decide.
+        real: (rows, tokens) of the prompt, False on padding.
+        uniform: whether all rows are treated alike.
     """
 
     permitted: Tensor | None
     chosen: Tensor | None
+    real: Tensor
+    uniform: bool
 
 
 @dataclass
@@ -75,18 +81,39 @@ class _Reading:
     counts: Tensor
 
 
+@dataclass
+class _Current:
+    """The pass that this thread (or task) is in: whose it is, what the hooks shall do, and what the base was given.
+
+    Attributes:
+        owner: the model that began it; another model's hooks on the same base stay silent.
+        task: acting or reading.
+        batch: (rows, tokens) of the base's latest input, beams included.
+    """
+
+    owner: "RoutedModel"
+    task: _Acting | _Reading
+    batch: tuple[int, int]
+
+
+# Of a thread or task, not of a model: a caller's rights must never reach another caller's pass.
+_CURRENT: ContextVar[_Current | None] = ContextVar("treadle_pass", default=None)
+_TRACES: ContextVar[Mapping[int, Trace]] = ContextVar("treadle_traces", default=MappingProxyType({}))
+
+
 class RoutedModel(nn.Module):
     """A transformers model, wrapped so that adapters of a bank act on it by routing alone.
 
     The base's modules, weights and state dict stay as they are; `unwrap` gives it back. Calls through the base itself
-    are not routed.
+    are not routed. Threads may share a routed model: each call sees its own permitted sets, choices and trace.
 
     Args:
         model: the base that the bank was built for: causal LM, encoder, or encoder–decoder; put into eval mode.
         bank: the adapters.
         scorer: "zscore" (SEQR's), "norm" (its raw objective), or the baselines "arrow" and "mean".
         granularity: "token", the article's choice a token and layer; or "sequence": the base reads the prompt once,
-            the mean score over its tokens and all layers chooses one adapter, which then acts everywhere.
+            the mean score over its tokens and all layers chooses one adapter, which then acts everywhere. The
+            scorer "mean" chooses nothing, so it is always "token".
 
     Raises:
         InputError: an unknown setting, or z-scores on a bank without calibration.
@@ -116,34 +143,45 @@ class RoutedModel(nn.Module):
         self.scorer: Scorer = SCORERS[scorer]
         self.granularity: Granularity = granularity if scorer != "mean" else "token"
         factors = bank.layers if scorer != "arrow" else {m: with_prototypes(f) for m, f in bank.layers.items()}
-        layers = [RoutedLayer(layer.to(model.device)) for layer in factors.values()]
+        targets = adapted_layers(model, {module: layer.shape for module, layer in factors.items()})
+        layers = [RoutedLayer(layer.to(_device(targets[module]))) for module, layer in factors.items()]
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
-        self._pass: _Acting | _Reading | None = None
-        self._trace: Trace | None = None
-        targets = adapted_layers(model, {layer.factors.module: layer_shape(layer.factors) for layer in layers})
+        self._of_prompt = _prompt_modules(model, targets)
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
+        self._watch = model.register_forward_pre_hook(self._watched, with_kwargs=True)
 
     def unwrap(self) -> PreTrainedModel:
         """The base model, without a trace of the bank; this object is of no use afterwards."""
         self._attachment.remove()
+        self._watch.remove()
         return self.model
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refused: a copy's hooks would still be this object's, and the copy would silently be the base alone."""
+        raise UnsupportedError("a routed model cannot be copied or pickled", remedy="wrap a copy of the base again")
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
-        """Record who acts where until the block ends; recording changes no output."""
-        outer, self._trace = self._trace, Trace(self.bank.names)
+        """Record who acts where until the block ends, in this thread; recording changes no output."""
+        trace = Trace(self.bank.names, self._of_prompt)
+        token = _TRACES.set(MappingProxyType({**_TRACES.get(), id(self): trace}))
         try:
-            yield self._trace
+            yield trace
         finally:
-            self._trace = outer
+            _TRACES.reset(token)
+
+    @property
+    def _trace(self) -> Trace | None:
+        return _TRACES.get().get(id(self))
 
     def choose(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, permitted: Permitted | None = None
     ) -> Decision:
         """One adapter a row, from the mean score over the prompt's tokens and all layers as the base reads it.
 
-        Special tokens and padding do not count; an adapter's mean is over the layers where it is eligible.
+        Padding does not count, nor do the special tokens that the bank's calibration left out; an adapter's mean is
+        over the layers where it is eligible. Of an encoder–decoder, the encoder reads the prompt.
 
         Args:
             input_ids: (rows, tokens), padded on either side.
@@ -167,7 +205,7 @@ class RoutedModel(nn.Module):
         rows, width = input_ids.shape[0], len(self.bank.names)
         sums = torch.zeros(rows, width, dtype=torch.float64, device=input_ids.device)
         reading = _Reading(counted(input_ids, attention, ignored), sums, torch.zeros_like(sums))
-        with torch.inference_mode(), self._during(reading):
+        with torch.no_grad(), self._during(reading, input_ids):
             read_prompt(self.model, input_ids, attention)
         allowed = reading.counts > 0 if permitted is None else (reading.counts > 0) & permitted
         means = torch.where(allowed, reading.sums / reading.counts.clamp_min(1.0), -torch.inf)
@@ -196,24 +234,21 @@ class RoutedModel(nn.Module):
 
         Raises:
             AccessError: a permitted set is missing or names an unknown adapter.
-            InputError: `sequence` is asked to continue from a cache without `chosen`.
+            InputError: `sequence` is asked to continue from a cache without `chosen`, or `chosen` is of another batch.
+            UnsupportedError: a layer's inputs cannot be told apart by row, and the rows are not treated alike.
         """
-        rows = input_ids.shape[0]
-        mask = self._mask(permitted, rows)
-        continues = _cached_length(inputs.get("past_key_values")) > 0
-        if continues and chosen is None and self.granularity == "sequence":
+        mask = self._mask(permitted, input_ids.shape[0])
+        cached = _cached_length(inputs.get("past_key_values"))
+        if cached > 0 and chosen is None and self.granularity == "sequence":
             raise InputError(
                 "a cache holds no choice of adapter", remedy="pass chosen=model.choose(prompt), or use generate"
             )
-        if attention_mask is not None and not continues and self._needs_positions(inputs):
-            inputs["position_ids"] = positions(attention_mask)
-        with self._during(self._prepared(input_ids, attention_mask, mask, chosen)):
-            self._record_mask(input_ids, attention_mask)
+        if attention_mask is not None and inputs.get("position_ids") is None and wants_positions(self.model):
+            # A mask of the new tokens alone says nothing of what the cache holds.
+            whole = attention_mask.shape[1] == cached + input_ids.shape[1]
+            inputs["position_ids"] = positions(attention_mask)[:, cached:] if whole else None
+        with self._during(self._prepared(input_ids, attention_mask, mask, chosen), input_ids):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-
-    def _needs_positions(self, inputs: Mapping[str, object]) -> bool:
-        decoder_only = not self.model.config.is_encoder_decoder and self.model.can_generate()
-        return decoder_only and inputs.get("position_ids") is None and takes(self.model, "position_ids")
 
     def generate(
         self,
@@ -235,86 +270,153 @@ class RoutedModel(nn.Module):
 
         Raises:
             AccessError: a permitted set is missing or names an unknown adapter.
+            InputError: the options ask for more than token ids, or `chosen` is of another batch.
+            UnsupportedError: a layer's inputs cannot be told apart by row, and the rows are not treated alike.
         """
         attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not self.model.config.is_encoder_decoder:
             input_ids, attention = left_padded(input_ids, attention)
         mask = self._mask(permitted, input_ids.shape[0])
-        with self._during(self._prepared(input_ids, attention, mask, chosen)):
-            self._record_mask(input_ids, attention)
+        trace = self._trace
+        before = {} if trace is None else trace.lengths()
+        with self._during(self._prepared(input_ids, attention, mask, chosen), input_ids):
             result = self.model.generate(input_ids=input_ids, attention_mask=attention, **options)  # type: ignore[arg-type]
-        assert isinstance(result, Tensor)
+        if not isinstance(result, Tensor):
+            raise InputError("generate returned more than token ids", remedy="leave return_dict_in_generate out")
+        if trace is not None and result.shape[0] == input_ids.shape[0]:
+            start = 1 if self.model.config.is_encoder_decoder else input_ids.shape[1]
+            trace.end_rows(before, self._ended(result[:, start:], options.get("eos_token_id")))
         return result
+
+    def _ended(self, new: Tensor, asked: object) -> Tensor:
+        """After which generated tokens a row is at its end, (rows, new tokens)."""
+        ends = asked if asked is not None else self.model.generation_config.eos_token_id
+        ids = torch.tensor([] if ends is None else ends, dtype=new.dtype, device=new.device)
+        return torch.isin(new, ids).cumsum(1) > 0
 
     def _prepared(
         self, ids: Tensor, attention: Tensor | None, permitted: Tensor | None, chosen: Decision | None
     ) -> _Acting:
+        real = torch.ones_like(ids) if attention is None else attention[:, -ids.shape[1] :]
         if self.granularity == "sequence" and chosen is None:
             chosen = self._choose(ids, attention, permitted)
         if chosen is None:
-            return _Acting(permitted, None)
+            return _Acting(permitted, None, real.bool(), permitted is None or _alike(permitted))
         winner = chosen.winner.to(ids.device)
+        if winner.shape != ids.shape[:1] or bool((winner >= len(self.bank.names)).any()):
+            raise InputError("`chosen` is of another batch or bank", remedy="pass choose() of these rows")
         if permitted is not None:  # a choice made under other rights does not outlive them
             kept = permitted.gather(1, winner.clamp_min(0)[:, None]).squeeze(1)
             winner = torch.where(kept, winner, BASE)
-        return _Acting(permitted, winner)
-
-    def _record_mask(self, ids: Tensor, attention: Tensor | None) -> None:
-        if self._trace is not None:
-            mask = torch.ones_like(ids) if attention is None else attention[:, -ids.shape[1] :]
-            self._trace.masks.append(mask.bool().cpu())
+        return _Acting(permitted, winner, real.bool(), _alike(winner))
 
     @contextlib.contextmanager
-    def _during(self, current: _Acting | _Reading) -> Iterator[None]:
-        outer, self._pass = self._pass, current
+    def _during(self, task: _Acting | _Reading, ids: Tensor) -> Iterator[None]:
+        token = _CURRENT.set(_Current(self, task, (ids.shape[0], ids.shape[1])))
         try:
             yield
         finally:
-            self._pass = outer
+            _CURRENT.reset(token)
+
+    def _watched(self, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, object]) -> None:
+        """Note the shape of what the base is about to read: `generate` multiplies rows and shortens steps."""
+        current = _CURRENT.get()
+        given = [*inputs, named.get("input_ids"), named.get("inputs_embeds")]
+        ids = next((value for value in given if isinstance(value, Tensor)), None)
+        if current is not None and current.owner is self and ids is not None:
+            current.batch = (ids.shape[0], ids.shape[1])
 
     def _delta(self, layer: RoutedLayer) -> Delta:
         def delta(x: Tensor) -> Tensor | None:
-            current = self._pass
-            if current is None:
+            current = _CURRENT.get()
+            if current is None or current.owner is not self:
                 return None
             flat = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
-                if isinstance(current, _Reading):
-                    self._read(layer, flat, current)
+                if isinstance(current.task, _Reading):
+                    self._read(layer, x, current.task)
                     return None
-                mixed = self._mixture(layer, flat, current, x.shape[0])
+                with torch.no_grad():
+                    mixed = self._mixture(layer, x, current.task, current.batch)
                 added = act(layer.factors, layer.matrix, flat, mixed)
-                return None if added is None else added.reshape(*x.shape[:-1], -1)
+                return None if added is None else added.reshape(*x.shape[:-1], added.shape[1])
 
         return delta
 
-    def _mixture(self, layer: RoutedLayer, flat: Tensor, current: _Acting, leading: int) -> Mixture:
+    def _mixture(self, layer: RoutedLayer, x: Tensor, task: _Acting, batch: tuple[int, int]) -> Mixture:
         """Who acts on each token of this layer, and how much."""
-        if current.chosen is not None:
-            return Mixture.of(_spread(current.chosen, flat.shape[0]))
-        permitted = None if current.permitted is None else _spread(current.permitted, flat.shape[0])
+        module, flat = layer.factors.module, x.reshape(-1, x.shape[-1])
+        if not task.uniform:
+            _check_rows(x, task.real.shape[0], batch, module)
+        if task.chosen is not None:
+            return Mixture.of(_spread(task.chosen.to(x.device), flat.shape[0]))
+        permitted = None if task.permitted is None else _spread(task.permitted.to(x.device), flat.shape[0])
         scores = self.scorer.scores(layer.factors, flat, permitted)
         if self.scorer.mixed is not None:
             return mixture(scores.value, self.scorer.mixed)
         decision = decide(layer.factors, flat, scores, calibrated=self.scorer.calibrated)
-        if self._trace is not None:
-            self._trace.record(layer.factors.module, decision, leading)
+        trace = self._trace
+        if trace is not None:
+            trace.record(module, decision, _real_tokens(x, task.real if module in self._of_prompt else None, batch))
         return Mixture.of(decision.winner)
 
-    def _read(self, layer: RoutedLayer, flat: Tensor, current: _Reading) -> None:
+    def _read(self, layer: RoutedLayer, x: Tensor, task: _Reading) -> None:
         """Add this layer's scores of the prompt to the running totals."""
-        value = self.scorer.scores(layer.factors, flat, None).value.double()
-        rows, tokens = current.counted.shape
-        value = value.reshape(rows, -1, value.shape[1])
+        rows, tokens = task.counted.shape
+        if rows > 1:
+            _check_rows(x, rows, (rows, tokens), layer.factors.module)
+        value = self.scorer.scores(layer.factors, x.reshape(-1, x.shape[-1]), None).value.double()
+        value = value.reshape(rows, value.shape[0] // rows, value.shape[1])
         # A pooler sees one vector a row: there is no padding in it.
-        mask = current.counted if value.shape[1] == tokens else torch.ones_like(current.counted[:, :1])
-        there = (value > -torch.inf) & mask[:, :, None]
-        current.sums += torch.where(there, value, 0.0).sum(1)
-        current.counts += there.sum(1)
+        mask = task.counted if value.shape[1] == tokens else torch.ones_like(task.counted[:, :1])
+        there = (value > -torch.inf) & mask.to(x.device)[:, :, None]
+        task.sums += torch.where(there, value, 0.0).sum(1).to(task.sums.device)
+        task.counts += there.sum(1).to(task.counts.device)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _prompt_modules(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The layers that see the prompt itself: all of them, but for an encoder–decoder its encoder's."""
+    if not model.config.is_encoder_decoder:
+        return frozenset(targets)
+    encoder = set(model.get_encoder().modules())
+    return frozenset(name for name, module in targets.items() if module in encoder)
+
+
+def _alike(values: Tensor) -> bool:
+    """Whether every row is the same."""
+    return bool((values == values[:1]).all())
+
+
+def _check_rows(x: Tensor, rows: int, batch: tuple[int, int], module: str) -> None:
+    """Return if the rows of x are surely those of the caller, in order: another's rights must not be taken for them.
+
+    A layer that sees (rows, tokens, inner) is trusted; one that sees (vectors, inner) only if these are all tokens of
+    the batch, or one a row: an expert that sees some tokens of some rows is not.
+    """
+    known = x.shape[0] in (batch[0], batch[0] * batch[1]) if x.dim() == 2 else True
+    if not known or x.shape[0] % rows != 0:
+        raise UnsupportedError(
+            "its inputs cannot be told apart by row", where=module, remedy="give one row, or leave it out of the plan"
+        )
+
+
+def _real_tokens(x: Tensor, prompt: Tensor | None, batch: tuple[int, int]) -> Tensor:
+    """Which of the layer's inputs are real tokens, shaped (rows, tokens) as the trace keeps them, beams as rows."""
+    rows = batch[0] if x.dim() == 2 and x.shape[0] % batch[0] == 0 else x.shape[0]
+    tokens = x.reshape(-1, x.shape[-1]).shape[0] // max(rows, 1)
+    if prompt is None or prompt.shape[1] != tokens or rows % prompt.shape[0] != 0:
+        return torch.ones(rows, tokens, dtype=torch.bool)
+    return prompt.repeat_interleave(rows // prompt.shape[0], 0).cpu()
 
 
 def _spread(values: Tensor, tokens: int) -> Tensor:
     """One value a row → one a token: rows stay together, and beams of a row follow one another."""
+    if tokens % values.shape[0] != 0:  # only where all rows are alike: see `_check_rows`
+        return values[:1].repeat_interleave(tokens, dim=0)
     return values.repeat_interleave(tokens // values.shape[0], dim=0)
 
 

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from treadle.algebra import FP32_UNIT
-from treadle.routing.factors import LayerFactors, squared_norms
+from treadle.algebra import FP64_UNIT
+from treadle.routing.factors import LayerFactors, scaled_norms
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one layer, each (tokens, adapters) in float32; -inf where an adapter is forbidden or ineligible.
+    """Scores of one layer, each (tokens, adapters); -inf where an adapter is forbidden or ineligible.
 
     Attributes:
         value: the score as computed.
@@ -33,16 +33,15 @@ def standardised_norms(
     mean: Float[Tensor, " adapters"],
     std: Float[Tensor, " adapters"],
 ) -> Scores:
-    """(‖B_i A_i x‖ − mean_i)/std_i with bounds, `allowed` masked before anything is compared."""
-    squares, errors = squared_norms(factors, x)
-    low, high = (squares - errors).clamp_min(0.0).sqrt(), (squares + errors).sqrt()
-    # Root, difference and quotient round once each, on the value and on its bounds alike.
-    rounding = 4.0 * FP32_UNIT * (high + mean.abs()) / std
-    forbidden = ~allowed
+    """(‖B_i A_i x‖ − mean_i)/std_i with bounds, in float64; `allowed` masks before anything is compared."""
+    value, lower, upper = scaled_norms(factors, x, std)
+    centre, forbidden = mean / std, ~allowed
+    # Root, scale, quotients and difference round a few times each, on the value and on its bounds alike.
+    rounding = 16.0 * FP64_UNIT * (upper + centre.abs())
     return Scores(
-        ((squares.sqrt() - mean) / std).masked_fill(forbidden, -torch.inf),
-        ((low - mean) / std - rounding).masked_fill(forbidden, -torch.inf),
-        ((high - mean) / std + rounding).masked_fill(forbidden, -torch.inf),
+        (value - centre).masked_fill(forbidden, -torch.inf),
+        (lower - centre - rounding).masked_fill(forbidden, -torch.inf),
+        (upper - centre + rounding).masked_fill(forbidden, -torch.inf),
     )
 
 

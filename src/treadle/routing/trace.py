@@ -1,10 +1,9 @@
 """What a routed model did: who acted where, by what margin, and who would have been next."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from treadle.routing.decision import BASE, Decision
@@ -12,11 +11,19 @@ from treadle.routing.decision import BASE, Decision
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """The decisions of one layer, each (rows, tokens); padding stands there too, `Trace.mask` tells it apart."""
+    """The decisions of one layer in one forward pass, each (rows, tokens), beams as rows.
+
+    Attributes:
+        winner: place in the bank, `BASE` for the base.
+        runner_up: likewise.
+        margin: between the two.
+        real: False on padding, and on what a batch still feeds to a row that has ended.
+    """
 
     winner: Tensor
     runner_up: Tensor
     margin: Tensor
+    real: Tensor
 
 
 @dataclass
@@ -25,23 +32,42 @@ class Trace:
 
     Attributes:
         names: the bank's adapters, in order.
-        layers: module → the decisions of each forward pass, in order.
-        masks: which tokens of each forward pass are real, (rows, tokens).
+        of_prompt: the layers whose tokens are the caller's and the generated ones; of an encoder–decoder the encoder's.
+        layers: module → the decisions of each forward pass, in order; empty for scorers that mix or `sequence`.
         choices: for `sequence`, one decision a row for each prompt that was read.
         rescored: how many decisions float64 settled.
     """
 
     names: Sequence[str]
+    of_prompt: Collection[str]
     layers: dict[str, list[LayerTrace]] = field(default_factory=dict[str, list[LayerTrace]])
-    masks: list[Tensor] = field(default_factory=list[Tensor])
     choices: list[Decision] = field(default_factory=list[Decision])
     rescored: int = 0
 
-    def record(self, module: str, decision: Decision, rows: int) -> None:
-        """Append one layer's decisions, (rows · tokens,) in row order."""
-        parts = [part.reshape(rows, -1).cpu() for part in (decision.winner, decision.runner_up, decision.margin)]
-        self.layers.setdefault(module, []).append(LayerTrace(*parts))
+    def record(self, module: str, decision: Decision, real: Tensor) -> None:
+        """Append one layer's decisions, (rows · tokens,) in row order, shaped like `real`."""
+        winner, runner_up, margin = (
+            part.reshape(real.shape).cpu() for part in (decision.winner, decision.runner_up, decision.margin)
+        )
+        self.layers.setdefault(module, []).append(LayerTrace(winner, runner_up, margin, real))
         self.rescored += int(decision.rescored.sum())
+
+    def lengths(self) -> dict[str, int]:
+        """Module → how many forward passes are recorded."""
+        return {module: len(parts) for module, parts in self.layers.items()}
+
+    def end_rows(self, before: Mapping[str, int], ended: Tensor) -> None:
+        """Mark what was fed to rows that had ended as unreal.
+
+        Args:
+            before: `lengths` before generation.
+            ended: (rows, new tokens), whether the row had ended with that token.
+        """
+        for module, parts in self.layers.items():
+            start = before.get(module, 0)
+            for step, part in enumerate(parts[start:]):
+                if step > 0 and part.real.shape == (ended.shape[0], 1):  # step k is fed generated token k - 1
+                    parts[start + step] = replace(part, real=part.real & ~ended[:, step - 1 : step].cpu())
 
     def name(self, place: int) -> str | None:
         """The adapter's name, None for the base."""
@@ -50,16 +76,9 @@ class Trace:
     def winners(self, row: int) -> dict[str, list[str | None]]:
         """Module → who acted on each real token of this row, in order of time."""
         return {
-            module: [
-                self.name(int(i))
-                for i in torch.cat([self._real(part.winner, step, row) for step, part in enumerate(parts)])
-            ]
+            module: [self.name(int(i)) for part in parts for i in part.winner[row][part.real[row]]]
             for module, parts in self.layers.items()
         }
-
-    def _real(self, values: Tensor, step: int, row: int) -> Tensor:
-        mask = self.masks[step][row] if step < len(self.masks) else torch.ones(0, dtype=torch.bool)
-        return values[row][mask] if mask.shape == values[row].shape else values[row]
 
     def shares(self, row: int) -> dict[str | None, float]:
         """The share of (token, layer) decisions that each adapter won in this row; None is the base."""
@@ -70,14 +89,11 @@ class Trace:
         return {name: count / total for name, count in counts.most_common()}
 
     def tokens(self, row: int) -> list[dict[str | None, float]]:
-        """For every real token of this row, the share of layers that each adapter won."""
-        columns: list[Counter[str | None]] = []
-        for names in self.winners(row).values():
-            for place, name in enumerate(names):
-                if place == len(columns):
-                    columns.append(Counter())
-                columns[place][name] += 1
-        return [{name: n / column.total() for name, n in column.most_common()} for column in columns]
+        """For every real token of this row, the share of layers that each adapter won; poolers are left out."""
+        winners = [names for module, names in self.winners(row).items() if module in self.of_prompt]
+        length = max(map(len, winners), default=0)
+        columns = zip(*(names for names in winners if len(names) == length), strict=True)
+        return [{name: n / len(column) for name, n in Counter(column).most_common()} for column in columns]
 
     def to_json(self) -> dict[str, object]:
         """The whole trace as plain JSON values."""
@@ -89,6 +105,7 @@ class Trace:
                         "winner": [[self.name(int(i)) for i in row] for row in part.winner],
                         "runner_up": [[self.name(int(i)) for i in row] for row in part.runner_up],
                         "margin": part.margin.tolist(),
+                        "real": part.real.tolist(),
                     }
                     for part in parts
                 ]

@@ -21,7 +21,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.recipes.fleet import grow_fleet
 from treadle.routing.bank import AdapterBank
-from treadle.routing.calibration import layer_shape, text_batches
+from treadle.routing.calibration import text_batches
 from treadle.routing.decision import BASE, TIE
 from treadle.routing.factors import LayerFactors
 from treadle.routing.routed import RoutedModel
@@ -65,7 +65,7 @@ def _compare(
     counts = {"decisions": 0, "wrong": 0, "ties": 0, "rescored": 0}
     routed = RoutedModel(model, bank, scorer=scorer, granularity="token")
     inputs: dict[str, Tensor] = {}
-    layers = adapted_layers(model, {module: layer_shape(f) for module, f in bank.layers.items()})
+    layers = adapted_layers(model, {module: f.shape for module, f in bank.layers.items()})
     texts = public_texts("pydoc", limit=10_000, seed=17).passages
     try:
         with Attachment(layers, {module: _recorder(inputs, module) for module in layers}), torch.inference_mode():

@@ -1,0 +1,94 @@
+"""Packed Grams, the float32 bound, singular vectors and norms, each against exact or float64 arithmetic."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treadle.algebra import packed_gram, pair_products, squared_norm_error, top_right_singular_vector, update_norms
+
+SHAPES = [(1, 1), (7, 1), (40, 8), (9, 16), (200, 32)]
+
+
+@pytest.mark.parametrize(("outer", "rank"), SHAPES)
+def test_the_packed_inner_product_is_the_squared_norm(outer: int, rank: int) -> None:
+    B, z = torch.randn(outer, rank).double(), torch.randn(11, rank).double()
+    expected = (z @ B.T).square().sum(1)
+    assert torch.allclose(pair_products(z) @ packed_gram(B), expected, rtol=1e-12)
+    assert packed_gram(B).shape == (rank * (rank + 1) // 2,)
+
+
+def exact_square(B: torch.Tensor, z: torch.Tensor) -> Fraction:
+    """‖B z‖² in rational arithmetic."""
+    rows = [[Fraction(b) for b in row] for row in B.tolist()]
+    return sum((sum((b * Fraction(v) for b, v in zip(row, z.tolist(), strict=True)), Fraction(0))) ** 2 for row in rows)
+
+
+def ill_conditioned(outer: int, rank: int, condition: float, generator: torch.Generator) -> torch.Tensor:
+    left = torch.linalg.qr(torch.randn(outer, rank, generator=generator).double()).Q
+    right = torch.linalg.qr(torch.randn(rank, rank, generator=generator).double()).Q
+    return ((left * torch.logspace(0, -torch.tensor(condition).log10().item(), rank)) @ right).float()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rank=st.integers(1, 12),
+    extra=st.integers(0, 8),
+    condition=st.sampled_from([1.0, 1e3, 1e6]),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+    aligned=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_error_bound_is_never_crossed(
+    rank: int, extra: int, condition: float, scale: float, aligned: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    B = ill_conditioned(rank + extra, rank, condition, generator) * scale
+    z = torch.randn(rank, generator=generator)
+    if aligned:  # the direction that B shrinks most: the inner product cancels almost wholly
+        z = torch.linalg.svd(B.double()).Vh[-1].float()
+    frobenius = torch.linalg.matrix_norm(B.double())
+    unit = (z.double() / z.double().norm()).float()
+    computed = pair_products(unit[None]) @ (packed_gram(B.double() / frobenius)).float()
+    error = abs(
+        Fraction(computed.item())
+        - exact_square(B, z) / (Fraction(z.double().norm().item()) ** 2) / Fraction(frobenius.item()) ** 2
+    )
+    assert error <= Fraction(squared_norm_error(rank))
+
+
+def test_the_error_bound_is_not_idle() -> None:
+    """A bound a thousand times smaller is crossed, so that the test above can fail."""
+    generator = torch.Generator().manual_seed(5)
+    worst = 0.0
+    for _ in range(50):
+        B, z = torch.randn(8, 8, generator=generator), torch.randn(64, 8, generator=generator)
+        unit, frobenius = z.double() / z.double().norm(dim=1, keepdim=True), torch.linalg.matrix_norm(B.double())
+        computed = pair_products(unit.float()) @ packed_gram(B.double() / frobenius).float()
+        exact = (unit @ (B.double() / frobenius).T).square().sum(1)
+        worst = max(worst, float((computed.double() - exact).abs().max()))
+    assert squared_norm_error(8) / 1000 < worst < squared_norm_error(8)
+
+
+@pytest.mark.parametrize(("outer", "rank"), SHAPES)
+def test_the_top_right_singular_vector_is_that_of_the_whole_product(outer: int, rank: int) -> None:
+    A, B = torch.randn(rank, 50), torch.randn(outer, rank)
+    found = top_right_singular_vector(A, B)
+    expected = torch.linalg.svd(B.double() @ A.double()).Vh[0]
+    assert found.norm().item() == pytest.approx(1.0, abs=1e-12)
+    assert abs(float(found @ expected)) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_zero_update_has_no_direction() -> None:
+    assert not top_right_singular_vector(torch.randn(3, 10), torch.zeros(5, 3)).any()
+
+
+@pytest.mark.parametrize(("outer", "rank"), SHAPES)
+def test_the_norms_of_an_update_are_those_of_the_whole_product(outer: int, rank: int) -> None:
+    A, B = torch.randn(rank, 50), torch.randn(outer, rank)
+    values = torch.linalg.svdvals(B.double() @ A.double())
+    frobenius, spectral = update_norms(A, B)
+    assert frobenius == pytest.approx(float(values.square().sum().sqrt()), rel=1e-10)
+    assert spectral == pytest.approx(float(values[0]), rel=1e-10)
