@@ -27,6 +27,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
+            os.fchmod(stream.fileno(), 0o644)  # mkstemp's 0600 would keep a team out
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -83,6 +84,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 sync_file(file)
         _swap(temporary, path)
     except OSError as error:

@@ -86,10 +86,11 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"treadle {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

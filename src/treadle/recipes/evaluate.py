@@ -25,6 +25,7 @@ from treadle.evaluation.intervals import Interval, mean_over_tasks, wilson_inter
 from treadle.family.injection import inject
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
+from treadle.recipes.bases import base_folder
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
 from treadle.routing.decision import BASE
@@ -123,7 +124,8 @@ def evaluate(config: EvaluateRun, progress: Progress = silent) -> Evaluation:
         InputError: the bank, a task or its data cannot be used.
     """
     bank = load_bank(config.bank)
-    model, tokenizer = load_model(bank.family.base.name, device=config.device), load_tokenizer(bank.family.base.name)
+    base = str(base_folder(bank.family.base, config.base, progress=progress))
+    model, tokenizer = load_model(base, device=config.device), load_tokenizer(base)
     tasks = [load_task(name) for name in config.tasks]
     evaluation = evaluate_bank(bank, model, tokenizer, tasks, config, progress)
     if config.out is not None:
@@ -161,7 +163,7 @@ def evaluate_bank(
             bench = _Bench(bank, model, tokenizer, task, _examples(task, "few-shot", config), config)
             verdicts[task.name, "few-shot"] = {"base": bench.plain()}
     progress("evaluated", steps, steps)
-    settings = config.model_dump(mode="json", exclude={"bank", "data", "out"}) | {
+    settings = config.model_dump(mode="json", exclude={"bank", "base", "data", "out"}) | {
         "base": asdict(bank.family.base),
         "family": bank.family.fingerprint,
         "adapters": list(bank.names),
@@ -185,43 +187,73 @@ class _Bench:
     examples: Sequence[Example]
     config: EvaluateRun
 
-    def _judge(self, model: PreTrainedModel | RoutedModel) -> list[bool]:
+    def _judge(self, model: PreTrainedModel | RoutedModel, examples: Sequence[Example]) -> list[bool]:
         answering = Answering(allow_code_execution=self.config.allow_code_execution)
-        return correct(model, self.tokenizer, self.examples, self.task.metric, answering)
+        return correct(model, self.tokenizer, examples, self.task.metric, answering)
+
+    def injected(self, adapter: int, places: Sequence[int]) -> list[bool]:
+        """What one adapter (or `BASE`) alone answers to the examples at these places."""
+        examples = [self.examples[place] for place in places]
+        if adapter == BASE:
+            return self._judge(self.model, examples)
+        chosen = self.bank.adapters[adapter]
+        with inject(self.model, chosen.lora_A, chosen.folded()):
+            return self._judge(self.model, examples)
 
     def plain(self) -> list[bool]:
         """What the base answers."""
-        return self._judge(self.model)
+        return self._judge(self.model, self.examples)
 
     def verdicts(self, told: Callable[[str], None]) -> tuple[dict[str, list[bool]], list[int]]:
         """Arm → verdicts, and the place of the adapter that `sequence` chose for each prompt."""
-        told("base")
-        found = {"base": self.plain()}
-        for adapter in self.bank.adapters:
-            told(f"alone:{adapter.name}")
-            with inject(self.model, adapter.lora_A, adapter.folded()):
-                found[f"alone:{adapter.name}"] = self._judge(self.model)
+        arms, names = self.config.arms, self.bank.names
+        calibrated, own = self.bank.statistics is not None, self.task.name in names
+        found: dict[str, list[bool]] = {}
+        alone = _Alone(self)
+        if "base" in arms:
+            told("base")
+            found["base"] = alone.verdicts([BASE] * len(self.examples))
+        if "alone" in arms:
+            for place, name in enumerate(names):
+                told(f"alone:{name}")
+                found[f"alone:{name}"] = alone.verdicts([place] * len(self.examples))
         for arm, (scorer, granularity) in _LIVE.items():
-            if scorer == "zscore" and self.bank.statistics is None:
-                continue
-            told(arm)
-            found[arm] = self._routed(scorer, granularity)
-        told("sequence")
-        chosen = choices(self.bank, self.model, self.tokenizer, self.examples) if self.bank.statistics else []
-        if chosen:
-            alone = [found["base"] if c == BASE else found[f"alone:{self.bank.names[c]}"] for c in chosen]
-            looked_up = [verdicts[i] for i, verdicts in enumerate(alone)]
-            found["sequence"] = self._routed("zscore", "sequence") if self.config.live else looked_up
-        if self.task.name in self.bank.names:
-            found["oracle"] = found[f"alone:{self.task.name}"]
+            if arm in arms and (calibrated or scorer != "zscore"):
+                told(arm)
+                found[arm] = self._routed(scorer, granularity)
+        chosen: list[int] = []
+        if "sequence" in arms and calibrated:
+            told("sequence")
+            chosen = choices(self.bank, self.model, self.tokenizer, self.examples)
+            found["sequence"] = self._routed("zscore", "sequence") if self.config.live else alone.verdicts(chosen)
+        if "oracle" in arms and own:
+            told("oracle")
+            found["oracle"] = alone.verdicts([names.index(self.task.name)] * len(self.examples))
         return found, chosen
 
     def _routed(self, scorer: str, granularity: Granularity) -> list[bool]:
         routed = RoutedModel(self.model, self.bank, scorer=scorer, granularity=granularity)
         try:
-            return self._judge(routed)
+            return self._judge(routed, self.examples)
         finally:
             routed.unwrap()
+
+
+class _Alone:
+    """What single adapters answer, each asked at most once a prompt."""
+
+    def __init__(self, bench: _Bench) -> None:
+        self._bench = bench
+        self._known: dict[tuple[int, int], bool] = {}
+
+    def verdicts(self, chosen: Sequence[int]) -> list[bool]:
+        """The verdict on each prompt, answered by the adapter chosen for it."""
+        for adapter in sorted(set(chosen)):
+            places = [i for i, other in enumerate(chosen) if other == adapter and (adapter, i) not in self._known]
+            if places:
+                verdicts = self._bench.injected(adapter, places)
+                self._known |= {(adapter, place): v for place, v in zip(places, verdicts, strict=True)}
+        return [self._known[adapter, place] for place, adapter in enumerate(chosen)]
 
 
 def choices(

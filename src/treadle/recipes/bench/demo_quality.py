@@ -15,7 +15,7 @@ from treadle.configs.fleet import FleetRun
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
-from treadle.recipes.evaluate import MEAN_OF_TASKS, evaluate_bank
+from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, evaluate_bank
 from treadle.recipes.fleet import grow_fleet
 
 NAME = "demo-quality"
@@ -66,10 +66,15 @@ def _run(
         progress(f"{suite.name}, seed {seed}: {description}", at, total)
 
     fleet = grow_fleet(_fleet(config, suite, seed, work=work, data=data), told)
-    asked = EvaluateRun(
-        bank=work, tasks=suite.tasks, data=data, limit=config.limit, seed=seed, conditions=("trained", "bare")
+    tables = [
+        evaluate_bank(fleet.bank, fleet.model, fleet.tokenizer, fleet.tasks, asked, told)
+        for asked in _questions(config, suite, seed, data=data)
+    ]
+    found = Evaluation(
+        tuple(row for table in tables for row in table.rows),
+        tuple(row for table in tables for row in table.routing),
+        tables[0].settings,
     )
-    found = evaluate_bank(fleet.bank, fleet.model, fleet.tokenizer, fleet.tasks, asked, told)
     ranks = sorted(module.rank for module in fleet.plan.modules.values())
     plan = {
         "parameters": fleet.plan.count().total,
@@ -78,6 +83,25 @@ def _run(
         "most": ranks[-1],
     }
     return {"suite": suite.name, "seed": seed, "commit": commit(), "plan": plan, **found.to_json()}
+
+
+def _questions(config: DemoQualityRun, suite: Suite, seed: int, *, data: Path | None) -> list[EvaluateRun]:
+    """In the trained form every router answers; on bare text the base, both routings of ours and the oracle."""
+    trained = EvaluateRun(
+        bank=Path(),
+        tasks=suite.tasks,
+        data=data,
+        limit=config.limit,
+        seed=seed,
+        conditions=("trained",),
+        arms=("base", "mean", "arrow", "token", "sequence", "oracle"),
+    )
+    bare: dict[str, object] = {
+        "conditions": ("bare",),
+        "arms": ("base", "token", "sequence", "oracle"),
+        "few_shot": False,
+    }
+    return [trained, trained.model_copy(update=bare)]
 
 
 def _fleet(config: DemoQualityRun, suite: Suite, seed: int, *, work: Path, data: Path | None) -> FleetRun:
