@@ -60,6 +60,7 @@ def with_head(
     if out.exists():
         raise InputError("already exists", where=out, remedy="choose another name")
     tokenizer = load_tokenizer(base)
+    tokenizer.padding_side = "right"  # a plain forward counts learned positions from the row's first entry, pad or not
     model, missing = _load(folder, names, tokenizer)
     name, head = _find_head(model, missing, len(names))
     _draw(model, missing, seed)

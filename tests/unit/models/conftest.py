@@ -1,4 +1,3 @@
-import copy
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,7 @@ def encoder_folder(
     """A two-layer BERT with a pooler and without a head, as a folder."""
     folder = tmp_path / "encoder"
     tiny_bert.bert.save_pretrained(folder)
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.padding_side = "right"  # a pooler reads the first token
-    tokenizer.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
     return folder
 
 

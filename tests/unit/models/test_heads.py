@@ -118,6 +118,7 @@ def test_conv1d_decoders_get_a_head_too(
     tiny_tokenizer.save_pretrained(tmp_path / "e")
     out = with_head(str(tmp_path / "e"), tmp_path / "h", labels=LABELS, seed=1)
     model, tokenizer = load_model(str(out)), load_tokenizer(str(out))
+    assert tokenizer.padding_side == "right"
     texts = ["a", "the film is good"]
     together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
     alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
