@@ -87,12 +87,8 @@ def fill(text: str, row: Row, *, where: object = None) -> str:
     Raises:
         InputError: the row lacks a field; names it, and the fields that there are.
     """
-
-    def piece(match: re.Match[str]) -> str:
-        name = match.group(1)
-        return value_of(row, name, where=where) if name else match.group()[0]
-
-    return _PIECE.sub(piece, text)
+    # A lambda, because the tests' type checker would compile a nested function anew at each call.
+    return _PIECE.sub(lambda m: value_of(row, m.group(1), where=where) if m.group(1) else m.group()[0], text)
 
 
 def value_of(row: Row, name: str, *, where: object = None) -> str:

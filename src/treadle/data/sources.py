@@ -110,7 +110,7 @@ def _from_datasets(source: str, split: str, limit: int | None) -> Rows:
     name = source.removeprefix(_HUB)
     folder = Path(name)
     try:
-        if folder.is_dir():
+        if name and folder.is_dir():
             stored = datasets.load_from_disk(folder)
             found = stored[split] if isinstance(stored, datasets.DatasetDict) else stored
         elif not name or folder.is_absolute() or name.startswith("."):

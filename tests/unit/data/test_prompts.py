@@ -1,7 +1,7 @@
 """Templates: plain fields only, values never read as templates, errors that name what there is."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.data.prompts import Template, fields_of, fill, value_of
@@ -18,6 +18,7 @@ def test_doubled_braces_are_braces() -> None:
     assert fields_of("{{a}} {b} {b} {c}") == ("b", "c")
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 def test_what_a_field_holds_is_never_a_template(first: str, second: str) -> None:
     assert fill("{a}|{b}|{a}", {"a": first, "b": second}) == f"{first}|{second}|{first}"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.data.public_text import overlap, public_texts
@@ -72,6 +72,7 @@ def test_overlap_counts_runs_of_eight_words() -> None:
     assert overlap([TEN], []) == overlap([TEN], ["?!"]) == 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="ab ", max_size=60)), st.lists(st.text(alphabet="ab ", max_size=60)))
 def test_overlap_is_a_share_and_grows_with_the_public_text(public: list[str], examples: list[str]) -> None:
     share = overlap(public, examples)

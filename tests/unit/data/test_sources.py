@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.data.sources import read_rows
@@ -35,6 +35,7 @@ def test_csv(tmp_path: Path) -> None:
     assert read_rows(source, limit=1) == ROWS[:1]
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none()), min_size=1, max_size=5))
 def test_any_objects_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]]) -> None:
     content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)

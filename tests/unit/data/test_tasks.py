@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from treadle.data.metrics import ExactMatch
-from treadle.data.prompts import Example
+from treadle.data.prompts import Example, fill
 from treadle.data.reasoning import draw_questions
 from treadle.data.tasks import Condition, Split, Task, load_task, task_names
 from treadle.errors import ConfigError, FormatError, InputError
@@ -129,7 +129,7 @@ def test_a_field_that_the_rows_lack_is_named(root: Path) -> None:
 
 
 def test_missing_files_splits_and_examples_are_one_line(root: Path) -> None:
-    with pytest.raises(InputError, match=r"elsewhere/train.jsonl: no such file"):
+    with pytest.raises(InputError, match=r"elsewhere/test.jsonl: no such file"):
         task(HELD).rows("test", data_root=root / "elsewhere")
     with pytest.raises(InputError, match="task mood: has no train rows; name a file"):
         task({"test": "test.jsonl"}).examples("train", data_root=root)
@@ -292,8 +292,9 @@ def available(name: str) -> Task:
 def test_every_task_that_comes_with_treadle_is_sound(name: str) -> None:
     found = available(name)
     assert found.name == name
-    splits: list[Split] = ["test"] if name == "humaneval" else ["train", "validation", "test"]
-    contents = [{example.prompt for example in found.examples(s, data_root=DATA, condition="bare")} for s in splits]
+    names: tuple[Split, ...] = ("test",) if name == "humaneval" else SPLITS
+    splits = [[dict(row) for row in found.rows(split, data_root=DATA)] for split in names]
+    contents = [{fill(found.bare, row | {"choices": str(row.get("choices"))}) for row in rows} for rows in splits]
     assert sum(map(len, contents)) == len(set().union(*contents))  # no content is in two splits
     for condition in get_args(Condition)[: 3 if name == "humaneval" else 4]:
         for example in found.examples("test", data_root=DATA, condition=condition, limit=5):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import InputError
@@ -22,6 +22,7 @@ def test_wilson_as_published(successes: int, trials: int, low: float, high: floa
     assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
 def test_wilson_stays_inside_and_is_symmetric(counts: tuple[int, int], level: float) -> None:
     successes, trials = counts
