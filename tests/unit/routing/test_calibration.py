@@ -1,0 +1,215 @@
+"""Statistics: what counts, what does not, and that nothing depends on neighbours, order or batches."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5ForConditionalGeneration,
+)
+
+from treadle.errors import InputError
+from treadle.family.adapter import Adapter, Provenance
+from treadle.routing.bank import AdapterBank
+from treadle.routing.calibration import (
+    Moments,
+    OwnCalibration,
+    PublicCalibration,
+    Statistics,
+    counted,
+    ignored_tokens,
+    positions,
+    text_batches,
+)
+from treadle.routing.routed import RoutedModel
+
+
+def build(make: SimpleNamespace, model: Any, tokenizer: Any, calibration: Any, names: tuple[str, ...]) -> AdapterBank:
+    family = make.family(model)
+    adapters = [make.adapter(family, name) for name in names]
+    return AdapterBank.build(family, adapters, calibration=calibration, model=model, tokenizer=tokenizer)
+
+
+def statistics_of(bank: AdapterBank) -> Statistics:
+    assert bank.statistics is not None
+    return bank.statistics
+
+
+def test_moments_merge_exactly() -> None:
+    values = torch.randn(100, 5).double() * 3 + 1e4
+    parts = [Moments.of(values[:1]), Moments.of(values[1:40]), Moments.of(values[40:])]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert merged.count == 100
+    assert torch.allclose(merged.mean, values.mean(0), rtol=1e-14)
+    assert torch.allclose(merged.std, values.std(0, correction=0), rtol=1e-10)
+
+
+def test_statistics_are_those_of_a_plain_loop(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each passage read alone, no batch, no padding, <bos> dropped by hand."""
+    found = statistics_of(build(make, tiny_llama, tiny_tokenizer, PublicCalibration(make.passages), ("alpha", "beta")))
+    family = make.family(tiny_llama)
+    module = "model.layers.1.mlp.down_proj"
+    inputs: list[torch.Tensor] = []
+    handle = tiny_llama.get_submodule(module).register_forward_pre_hook(lambda _, x: inputs.append(x[0][0, 1:]))
+    for text in make.passages:
+        tiny_llama(**tiny_tokenizer(text, return_tensors="pt"))
+    handle.remove()
+    x = torch.cat(inputs).double()
+    for place, name in enumerate(("alpha", "beta")):
+        update = make.adapter(family, name).folded_B(module).double() @ family.lora_A[module].double()
+        norms = (x @ update.T).norm(dim=1)
+        assert found.mean[module][place].item() == pytest.approx(norms.mean().item(), rel=1e-5)
+        assert found.std[module][place].item() == pytest.approx(norms.std(correction=0).item(), rel=1e-4)
+    assert found.tokens == len(x)
+
+
+def test_neighbours_and_order_change_no_bit(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    calibration = PublicCalibration(make.passages)
+    one = statistics_of(build(make, tiny_llama, tiny_tokenizer, calibration, ("beta",)))
+    three = statistics_of(build(make, tiny_llama, tiny_tokenizer, calibration, ("alpha", "beta", "gamma")))
+    turned = PublicCalibration(make.passages[::-1])
+    other = statistics_of(build(make, tiny_llama, tiny_tokenizer, turned, ("beta",)))
+    for module in one.mean:
+        assert torch.equal(one.mean[module][0], three.mean[module][1])
+        assert torch.equal(one.std[module][0], three.std[module][1])
+        assert torch.equal(one.mean[module], other.mean[module])
+        assert torch.equal(one.std[module], other.std[module])
+
+
+def test_padding_and_special_tokens_do_not_count(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    calibration = PublicCalibration([*make.passages, " ", "<eos> <eos>"])
+    found = statistics_of(build(make, tiny_llama, tiny_tokenizer, calibration, ("alpha",)))
+    plain = statistics_of(build(make, tiny_llama, tiny_tokenizer, PublicCalibration(make.passages), ("alpha",)))
+    assert found.tokens == plain.tokens
+    for module in found.mean:
+        assert torch.allclose(found.mean[module], plain.mean[module], rtol=1e-5)
+        assert torch.allclose(found.std[module], plain.std[module], rtol=1e-4)
+    with pytest.raises(InputError, match="no token that counts"):
+        build(make, tiny_llama, tiny_tokenizer, PublicCalibration([" ", "<eos>"]), ("alpha",))
+
+
+def test_dropout_is_off_and_the_mode_is_restored(
+    make: SimpleNamespace, tiny_bert: BertForSequenceClassification, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    calm = statistics_of(build(make, tiny_bert, tiny_tokenizer, PublicCalibration(make.passages), ("alpha",)))
+    tiny_bert.train()
+    found = statistics_of(build(make, tiny_bert, tiny_tokenizer, PublicCalibration(make.passages), ("alpha",)))
+    assert tiny_bert.training
+    assert all(torch.equal(found.mean[module], calm.mean[module]) for module in calm.mean)
+
+
+def test_poolers_and_decoders_are_calibrated_too(
+    make: SimpleNamespace,
+    tiny_bert: BertForSequenceClassification,
+    tiny_t5: T5ForConditionalGeneration,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for model in (tiny_bert, tiny_t5):
+        bank = build(make, model, tiny_tokenizer, PublicCalibration(make.passages), ("alpha", "beta"))
+        assert any("pooler" in module or "decoder" in module for module in bank.layers)
+        assert all(bool(factors.eligible.all()) for factors in bank.layers.values())
+
+
+def test_public_costs_no_privacy_and_own_does(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    names = ("alpha", "beta")
+    public = statistics_of(build(make, tiny_llama, tiny_tokenizer, PublicCalibration(make.passages, "p"), names))
+    assert (public.spends_privacy, public.source, len(public.digest)) == (False, "p", 64)
+    own = OwnCalibration({"alpha": make.passages[:3], "beta": make.passages[3:]})
+    found = statistics_of(build(make, tiny_llama, tiny_tokenizer, own, names))
+    assert (found.spends_privacy, found.source, found.digest) == (True, "own", "")
+    alone = statistics_of(build(make, tiny_llama, tiny_tokenizer, PublicCalibration(make.passages[3:]), ("beta",)))
+    for module in found.mean:
+        assert torch.equal(found.mean[module][1], alone.mean[module][0])
+    with pytest.raises(InputError, match="alpha: no calibration text"):
+        build(make, tiny_llama, tiny_tokenizer, OwnCalibration({"beta": make.passages}), names)
+
+
+def test_untrained_and_absent_adapters_are_ineligible(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    family = make.family(tiny_llama)
+    zero = Adapter.of_family(
+        family,
+        "zero",
+        {m: torch.zeros(row.out_features, row.rank) for m, row in family.plan.modules.items()},
+        provenance=Provenance("test"),
+    )
+    trained = make.adapter(family, "alpha")
+    stranger = make.foreign(family, "stranger")
+    bank = AdapterBank.build(
+        family,
+        [zero, trained, stranger],
+        calibration=PublicCalibration(make.passages),
+        model=tiny_llama,
+        tokenizer=tiny_tokenizer,
+    )
+    for module, factors in bank.layers.items():
+        assert factors.eligible.tolist() == [False, True, module in stranger.plan.modules]
+        assert factors.present.tolist() == [True, True, module in stranger.plan.modules]
+        if module not in stranger.plan.modules:
+            assert factors.mean[2].isnan()
+    ids = torch.tensor([[1, 40, 41, 42]])
+    for granularity in ("token", "sequence"):
+        model = RoutedModel(tiny_llama, bank, granularity=granularity)
+        assert torch.equal(model(ids, permitted=[{"zero"}]).logits, tiny_llama(ids).logits)
+    added = bank.add(make.adapter(family, "late"))
+    assert not any(bool(factors.eligible[3]) for factors in added.layers.values())
+
+
+def test_one_string_is_not_a_list_of_passages() -> None:
+    with pytest.raises(InputError, match="one string"):
+        PublicCalibration("the film is good")
+    with pytest.raises(InputError, match="alpha: one string"):
+        OwnCalibration({"alpha": "the film is good"})
+
+
+def test_batches_cut_and_group_by_length(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["a b c", "a", "", "w60 " * 50, "a b"]
+    batches = text_batches(tiny_tokenizer, texts, tokens=12, longest=20)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 4), (1, 20)]
+    with pytest.raises(InputError, match="no calibration text"):
+        text_batches(tiny_tokenizer, ["", ""])
+
+
+def test_long_passages_are_cut_at_the_models_positions(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = statistics_of(build(make, tiny_llama, tiny_tokenizer, PublicCalibration(["w60 " * 400]), ("alpha",)))
+    assert found.tokens == 127  # 128 positions, one of them <bos>
+
+
+def test_what_counts_in_a_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ignored = ignored_tokens(tiny_tokenizer)
+    assert ignored == (0, 1, 2, 3)
+    ids = torch.tensor([[0, 1, 40, 2], [0, 0, 1, 2]])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])
+    assert counted(ids, mask, ignored).tolist() == [[False, False, True, False], [False, False, True, True]]
+    assert positions(mask).tolist() == [[0, 0, 1, 2], [0, 0, 0, 1]]
+
+
+def test_statistics_of_some_adapters(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bank = build(make, tiny_llama, tiny_tokenizer, PublicCalibration(make.passages), ("alpha", "beta", "gamma"))
+    found = statistics_of(bank)
+    module = next(iter(bank.layers))
+    kept = found.select([2, 0], [module])
+    assert list(kept.mean) == [module]
+    assert torch.equal(kept.mean[module], found.mean[module][[2, 0]])
+    longer = found.extended([module, "new"])
+    assert longer.mean[module].shape == longer.mean["new"].shape == (4,)
+    assert longer.std["new"].isnan().all()
+    assert replace(kept, tokens=0).std == kept.std
