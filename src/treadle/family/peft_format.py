@@ -35,6 +35,9 @@ _REFUSED: Mapping[str, str] = {
     "alora_invocation_tokens": "it acts only behind an invocation",
     "use_qalora": "it pools the layer's input",
     "arrow_config": "it is a router, not an adapter",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "it changes the base weight",
+    "monteclora_config": "it draws its weights at random",
 }
 
 

@@ -59,7 +59,7 @@ def test_nothing_is_left_behind_even_by_an_error(name: str, request: pytest.Fixt
     modules = list(dict(model.named_modules()))
     shapes = linear_shapes(model)
     for block in (inject(model, A, B), trainable(model, A, shapes)):
-        with pytest.raises(RuntimeError, match="mine"), block:
+        with pytest.raises(RuntimeError, match="mine"), block:  # noqa: PT012
             assert list(model.state_dict()) == list(before)
             assert list(dict(model.named_modules())) == modules
             raise RuntimeError("mine")
