@@ -1,13 +1,13 @@
 """Every error treadle raises on purpose, one line each.
 
-    TreadleError
-    ├── InputError            what the caller gave is wrong; the command line exits with 2
-    │   ├── ConfigError       a run configuration: unknown key, wrong type, value out of range
-    │   ├── FormatError       a file is damaged, truncated, or not what its name says
-    │   ├── MismatchError     parts that do not belong together: another base, family or shape
-    │   ├── UnsupportedError  a real feature of the field that treadle refuses (DoRA, pickles, …)
-    │   └── AccessError       a caller named adapters it may not use, or named none where it must
-    └── UnavailableError      something outside is missing: network, an optional extra, disk space
+TreadleError
+├── InputError            what the caller gave is wrong; the command line exits with 2
+│   ├── ConfigError       a run configuration: unknown key, wrong type, value out of range
+│   ├── FormatError       a file is damaged, truncated, or not what its name says
+│   ├── MismatchError     parts that do not belong together: another base, family or shape
+│   ├── UnsupportedError  a real feature of the field that treadle refuses (DoRA, pickles, …)
+│   └── AccessError       a caller named adapters it may not use, or named none where it must
+└── UnavailableError      something outside is missing: network, an optional extra, disk space
 """
 
 
