@@ -51,9 +51,7 @@ def test_likelihood_verdicts_name_the_best_candidate(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     metric = LabelLikelihood("label-likelihood", {"yes": "yes", "no": "no w30 w31", "mixed": "good bad"})
-    best = [
-        max(CANDIDATES, key=lambda c, p=prompt: slow_score(tiny_llama, tiny_tokenizer, p, c)) for prompt in PROMPTS
-    ]
+    best = [max(CANDIDATES, key=lambda c, p=prompt: slow_score(tiny_llama, tiny_tokenizer, p, c)) for prompt in PROMPTS]
     right = [Example(p, b, label="x", candidates=CANDIDATES) for p, b in zip(PROMPTS, best, strict=True)]
     wrong = [Example(e.prompt, next(c for c in CANDIDATES if c != e.completion), candidates=CANDIDATES) for e in right]
     assert correct(tiny_llama, tiny_tokenizer, right, metric, Answering()) == [True] * 4

@@ -49,7 +49,10 @@ def config(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrai
     for place, name in enumerate(("good", "film")):
         (tmp_path / f"{name}.toml").write_text(TASK.format(name=name))
         rows = [
-            {"text": f"{name} w{40 + place} {'a' if i % 2 else 'b'} w{50 + i}", "label": ("positive", "negative")[i % 2]}
+            {
+                "text": f"{name} w{40 + place} {'a' if i % 2 else 'b'} w{50 + i}",
+                "label": ("positive", "negative")[i % 2],
+            }
             for i in range(24)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -208,4 +211,3 @@ def test_untrained_adapters_leave_prompts_to_the_base(config: FleetRun) -> None:
     )
     examples = fleet.tasks[0].examples("test", data_root=config.data, limit=4)
     assert choices(bank, fleet.model, fleet.tokenizer, examples) == [BASE] * 4
-
