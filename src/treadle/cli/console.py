@@ -45,13 +45,14 @@ def _finite(content: object) -> object:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns whose every cell is a number or a dash stand on the right."""
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    """Print a table under its title; columns whose every cell is a number or a dash stand on the right."""
+    table = Table(header_style="bold")
     for place, column in enumerate(columns):
         numeric = all(not isinstance(row[place], str) or row[place] == "–" for row in rows)
         table.add_column(escape(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row))
+    say(title)
     # Where the output is no terminal, rows keep their width: whoever reads it wraps it.
     Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
 

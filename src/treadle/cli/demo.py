@@ -38,7 +38,14 @@ def demo_command(
     from treadle.reports.pages import demo_page, write_page
 
     folder = out or Path("runs") / ("demo" + ("-data" if data else "") + ("-quick" if quick else ""))
-    given: dict[str, object] = {"out": folder, "data": data, "quick": quick, "seed": seed, "prompts": prompts, "device": device}
+    given: dict[str, object] = {
+        "out": folder,
+        "data": data,
+        "quick": quick,
+        "seed": seed,
+        "prompts": prompts,
+        "device": device,
+    }
     config = checked(given, DemoRun, where="treadle demo")
     with working() as progress:
         result = demo(config, progress)

@@ -91,7 +91,7 @@ def dot_chart(dots: Sequence[Dot], groups: Sequence[str], *, title: str) -> Mark
     """Dots with their intervals on an axis from 0 to 1, a band a label, a line a group within it."""
     labels = list(dict.fromkeys(dot.label for dot in dots))
     tints = colours(groups)
-    left, width = 16 + 6.8 * max(map(len, labels), default=1), 420.0
+    left, width = 16 + 6.8 * max(map(len, labels), default=1), 300.0
     band = 8 + 11.0 * len(groups)
     bottom = 8 + band * len(labels)
     parts = [_tick(left + width * share, bottom, f"{share:g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]

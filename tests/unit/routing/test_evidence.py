@@ -52,7 +52,9 @@ def test_the_score_of_a_token_is_the_z_score_by_definition(routed: RoutedModel) 
     handle.remove()
     factors = routed.bank.layers[module]
     for place, adapter in enumerate(routed.bank.adapters):
-        norm = (seen[0][0].double() @ adapter.lora_A[module].double().T @ adapter.folded_B(module).double().T).norm(dim=1)
+        norm = (seen[0][0].double() @ adapter.lora_A[module].double().T @ adapter.folded_B(module).double().T).norm(
+            dim=1
+        )
         z = (norm - factors.mean[place].double()) / factors.std[place].double()
         assert float(z[1:].mean()) == pytest.approx(float(evidence.layers[module][place]), abs=1e-4)
 
