@@ -116,4 +116,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # --debug is welcome behind the command too, where people append it after an error.
     asked = "--debug" in given[: given.index("--")] if "--" in given else "--debug" in given
-    app(["--debug", *(a for a in given if a != "--debug")] if asked else given)
+    app(["--debug", *(a for a in given if a != "--debug")] if asked else given, prog_name="treadle")

@@ -46,8 +46,8 @@ def heat_map(
     top = highest or max((abs(cell.value) for cell in cells.values()), default=0.0) or 1.0
     left = 16 + 6.5 * max(map(len, [*rows, row_head]), default=1)
     width = max(56.0, 14 + 6.5 * max(map(len, columns), default=1))
-    parts = [_text(left + (place + 0.5) * width, 14, column, "middle") for place, column in enumerate(columns)]
-    parts.append(_text(left - 8, 14, row_head, "end", "muted"))
+    parts = [_text(left + (place + 0.5) * width, 14.0, column, "middle") for place, column in enumerate(columns)]
+    parts.append(_text(left - 8, 14.0, row_head, "end", "muted"))
     for down, row in enumerate(rows):
         y = 22.0 + 20 * down
         parts.append(_text(left - 8, y + 14, row, "end"))

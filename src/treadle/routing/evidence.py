@@ -8,9 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from treadle.errors import InputError
-from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.routing.access import permitted_mask
-from treadle.routing.calibration import counted, read_prompt
+from treadle.routing.calibration import counted
 from treadle.routing.routed import RoutedLayer, RoutedModel
 
 
@@ -83,24 +82,20 @@ def _read(model: RoutedModel, input_ids: Tensor, keep: Tensor) -> dict[str, _Tal
     found: dict[str, _Tally] = {}
     allowed = keep.to(input_ids.device)
 
-    def watch(module: str, layer: RoutedLayer) -> Delta:
-        def note(x: Tensor) -> None:
-            flat = x.reshape(-1, x.shape[-1])
-            permitted = allowed.expand(flat.shape[0], -1)
-            value = model.scorer.scores(layer.factors, flat, permitted).value[:, allowed].double().cpu()
-            place = slice(None) if flat.shape[0] == length else slice(length - 1, length)
-            there = value > -torch.inf
-            tally = found.setdefault(module, _Tally(torch.zeros(length, width).double(), torch.zeros(length, width)))
-            scored, number = torch.where(there, value, 0.0), there.float()
-            if flat.shape[0] != length:
-                scored, number = scored.sum(0, keepdim=True), number.sum(0, keepdim=True)
-            tally.sums[place] += scored
-            tally.counts[place] += number
+    def note(layer: RoutedLayer, x: Tensor) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        permitted = allowed.expand(flat.shape[0], -1)
+        value = model.scorer.scores(layer.factors, flat, permitted).value[:, allowed].double().cpu()
+        place = slice(None) if flat.shape[0] == length else slice(length - 1, length)
+        there = value > -torch.inf
+        tally = found.setdefault(
+            layer.factors.module, _Tally(torch.zeros(length, width).double(), torch.zeros(length, width))
+        )
+        scored, number = torch.where(there, value, 0.0), there.float()
+        if flat.shape[0] != length:
+            scored, number = scored.sum(0, keepdim=True), number.sum(0, keepdim=True)
+        tally.sums[place] += scored
+        tally.counts[place] += number
 
-        return note
-
-    targets = adapted_layers(model.model, {name: layer.factors.shape for name, layer in model.layers.items()})
-    watchers = {module: watch(module, layer) for module, layer in model.layers.items()}
-    with torch.inference_mode(), Attachment(targets, watchers):
-        read_prompt(model.model, input_ids, torch.ones_like(input_ids))
+    model.read(input_ids, torch.ones_like(input_ids), note)
     return found
