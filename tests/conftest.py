@@ -216,11 +216,11 @@ def family_shapes(family: "AdapterFamily") -> "dict[str, LayerShape]":
 
 PASSAGES = (
     "the film is good : a question of colour",
-    "w60 w61 w62 w63 w64 w65",
+    "w10 w11 w12 w13 w14 w15",
     "why is the answer not positive ?",
     "a b c d e f g h",
     "who where when number 1 2 3",
-    "yes no bad w70 w71 ( w72 )",
+    "yes no bad w20 w21 ( w22 )",
 )
 
 

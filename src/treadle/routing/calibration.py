@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
+from threading import get_ident
 
 import torch
 from jaxtyping import Bool, Float
@@ -221,9 +222,8 @@ def calibrate(
     tokens = 0
     for texts, places in columns.items():
         batches = text_batches(tokenizer, texts, longest=_longest(model))
-        for module, found in _moments(model, layers, places, batches, ignored, progress).items():
-            keep = [i for i in places if bool(layers[module].present[i])]
-            mean[module][keep], std[module][keep] = found.mean.cpu(), found.std.cpu()
+        for (module, place), found in _moments(model, layers, places, batches, ignored, progress).items():
+            mean[module][place], std[module][place] = found.mean.item(), found.std.item()
             tokens = max(tokens, found.count)
     digest = "" if calibration.spends_privacy else _digest(calibration.texts_of(names[0]))
     return Statistics(mean, std, calibration.name, digest, tokens, calibration.spends_privacy, ignored)
@@ -246,19 +246,25 @@ def _moments(
     batches: Sequence[Mapping[str, Tensor]],
     ignored: Sequence[int],
     progress: Progress,
-) -> dict[str, Moments]:
-    """The moments of these adapters' norms at every layer that one of them has."""
-    found: dict[str, Moments] = {}
+) -> dict[tuple[str, int], Moments]:
+    """The moments of each of these adapters' norms at every layer that it has, one column each.
+
+    Columns are kept apart since the order in which torch adds up a column may depend on how many there are.
+    """
+    found: dict[tuple[str, int], Moments] = {}
     masks: list[Tensor] = []
+    reader = get_ident()
 
     def observer(factors: LayerFactors) -> Delta:
         norms = _norms_of(factors, places)
 
         def observe(x: Tensor) -> None:
+            if get_ident() != reader:  # another thread's prompts are not calibration text
+                return
             kept = _selected(x, masks, factors.module)
-            if kept.shape[0] > 0:
-                new = Moments.of(norms(kept))
-                found[factors.module] = found[factors.module].merge(new) if factors.module in found else new
+            for place, column in norms(kept).items() if kept.shape[0] > 0 else ():
+                new, key = Moments.of(column[:, None]), (factors.module, place)
+                found[key] = found[key].merge(new) if key in found else new
 
         return observe
 
@@ -275,22 +281,23 @@ def _moments(
     progress("calibrating", len(batches), len(batches))
     if not found:
         raise InputError("the calibration text has no token that counts", remedy="give longer text")
+    ran = {module for module, _ in found}
     for name in mine:
-        if name not in found:
+        if name not in ran:
             raise InputError("this layer never ran while reading text", where=name, remedy="leave it out of the plan")
     return found
 
 
-def _norms_of(factors: LayerFactors, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """x ↦ ‖B_i A_i x‖ of the adapters at these places that have the layer, (tokens, adapters) in float64."""
+def _norms_of(factors: LayerFactors, places: Sequence[int]) -> Callable[[Tensor], dict[int, Tensor]]:
+    """x ↦ place → ‖B_i A_i x‖, (tokens,) in float64, of the adapters at these places that have the layer."""
     small = [(group, triangles(factors, group, places)) for group in factors.groups]
 
-    def norms(x: Tensor) -> Tensor:
+    def norms(x: Tensor) -> dict[int, Tensor]:
         columns: dict[int, Tensor] = {}
         for group, by_place in small:
             z = latent(group, x)
             columns |= {place: torch.linalg.vector_norm(z @ R.T, dim=1) for place, R in by_place.items()}
-        return torch.stack([columns[place] for place in sorted(columns)], 1)
+        return columns
 
     return norms
 

@@ -47,15 +47,18 @@ def decide(factors: LayerFactors, x: Float[Tensor, "tokens inner"], scores: Scor
         scores: of a scorer on the same x.
         calibrated: whether they are z-scores (else plain norms).
     """
-    value = scores.value
+    value, rivals = scores.value, contenders(scores)
+    disputed = rivals.sum(1) > 1
+    if bool(disputed.any()):
+        value = settled(factors, x, value, rivals & disputed[:, None], calibrated=calibrated)
+    return ranked(value, disputed)
+
+
+def contenders(scores: Scores) -> Bool[Tensor, "tokens adapters"]:
+    """Whose true score may be the best, or a tie with it, by the bounds alone."""
     best = scores.lower.max(1, keepdim=True).values
     # Twice the tie: what could be a tie with the winner is decided in float64 too.
-    contenders = scores.upper >= best - 2.0 * TIE * best.abs().clamp_min(1.0)
-    contenders &= value > -torch.inf
-    disputed = contenders.sum(1) > 1
-    if bool(disputed.any()):
-        value = _settled(factors, x, value, contenders & disputed[:, None], calibrated=calibrated)
-    return ranked(value, disputed)
+    return (scores.upper >= best - 2.0 * TIE * best.abs().clamp_min(1.0)) & (scores.value > -torch.inf)
 
 
 def ranked(value: Float[Tensor, "rows adapters"], rescored: Bool[Tensor, " rows"]) -> Decision:
@@ -70,11 +73,18 @@ def ranked(value: Float[Tensor, "rows adapters"], rescored: Bool[Tensor, " rows"
     return Decision(winner, torch.where(there, runner_up, BASE), margin.float(), rescored)
 
 
-def _settled(factors: LayerFactors, x: Tensor, value: Tensor, contenders: Tensor, *, calibrated: bool) -> Tensor:
-    """The values with every contender's replaced by its float64 score."""
+def settled(
+    factors: LayerFactors,
+    x: Float[Tensor, "tokens inner"],
+    value: Float[Tensor, "tokens adapters"],
+    rivals: Bool[Tensor, "tokens adapters"],
+    *,
+    calibrated: bool,
+) -> Float[Tensor, "tokens adapters"]:
+    """The values with every rival's replaced by its float64 score, from the stored matrices."""
     value = value.clone()
-    for adapter in contenders.any(0).nonzero().flatten().tolist():
-        rows = contenders[:, adapter].nonzero().flatten()
+    for adapter in rivals.any(0).nonzero().flatten().tolist():
+        rows = rivals[:, adapter].nonzero().flatten()
         norm = exact_norms(factors, adapter, x[rows])
         if calibrated:
             norm = (norm - factors.mean[adapter]) / factors.std[adapter]

@@ -17,9 +17,11 @@ from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
-from treadle.routing.decision import BASE, Decision, decide, ranked
+from treadle.routing.decision import BASE, Decision, contenders, decide, ranked
 from treadle.routing.factors import LayerFactors, with_prototypes
 from treadle.routing.mixture import Mixture, act, mixture
+from treadle.routing.prompt import PromptTotals
+from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
 from treadle.routing.scorers import SCORERS, Scorer
 from treadle.routing.trace import Trace
 
@@ -66,19 +68,15 @@ class _Acting:
     uniform: bool
 
 
-@dataclass
+Note = Callable[[RoutedLayer, Tensor], None]
+"""Takes a layer and its input."""
+
+
+@dataclass(frozen=True)
 class _Reading:
-    """What a forward pass tells the hooks: nobody acts, scores of the prompt are summed.
+    """What a forward pass tells the hooks: nobody acts, `note` is told what every layer sees."""
 
-    Attributes:
-        counted: (rows, tokens) which tokens count.
-        sums: running totals of scores, (rows, adapters) in float64.
-        counts: how many scores each total has.
-    """
-
-    counted: Tensor
-    sums: Tensor
-    counts: Tensor
+    note: Note
 
 
 @dataclass
@@ -147,7 +145,7 @@ class RoutedModel(nn.Module):
         layers = [RoutedLayer(layer.to(_device(targets[module]))) for module, layer in factors.items()]
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
-        self._of_prompt = _prompt_modules(model, targets)
+        self._of_prompt = prompt_modules(model, targets)
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
         self._watch = model.register_forward_pre_hook(self._watched, with_kwargs=True)
 
@@ -199,20 +197,38 @@ class RoutedModel(nn.Module):
         return None if mask is None else mask.to(self.model.device)
 
     def _choose(self, input_ids: Tensor, attention_mask: Tensor | None, permitted: Tensor | None) -> Decision:
-        ones = torch.ones_like(input_ids)
-        attention = ones if attention_mask is None else attention_mask
+        attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ignored = self.bank.statistics.ignored_tokens if self.bank.statistics else ()
-        rows, width = input_ids.shape[0], len(self.bank.names)
-        sums = torch.zeros(rows, width, dtype=torch.float64, device=input_ids.device)
-        reading = _Reading(counted(input_ids, attention, ignored), sums, torch.zeros_like(sums))
-        with torch.no_grad(), self._during(reading, input_ids):
-            read_prompt(self.model, input_ids, attention)
-        allowed = reading.counts > 0 if permitted is None else (reading.counts > 0) & permitted
-        means = torch.where(allowed, reading.sums / reading.counts.clamp_min(1.0), -torch.inf)
-        decision = ranked(means, torch.zeros_like(allowed[:, 0]))
+        mask = counted(input_ids, attention, ignored)
+
+        def totals(settle: Tensor | None) -> PromptTotals:
+            found = PromptTotals.empty(mask, len(self.bank.names))
+            self.read(input_ids, attention, lambda layer, x: found.add(self.scorer, layer.factors, x, settle))
+            return found
+
+        first = totals(None)
+        scores = first.means(permitted)
+        rivals = contenders(scores)
+        disputed = (rivals.sum(1) > 1) & (self.scorer.mixed is None)
+        value = scores.value
+        if bool(disputed.any()):
+            rivals &= disputed[:, None]
+            value = torch.where(rivals, totals(rivals).means(permitted).value, value)
+        decision = ranked(value, disputed)
         if self._trace is not None:
-            self._trace.choices.append(decision)
+            self._trace.choose(decision)
         return decision
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor, note: Note) -> None:
+        """Let the base alone read prompts, and tell `note` every layer's input, (…, inner), in this thread only.
+
+        Args:
+            input_ids: (rows, tokens).
+            attention_mask: 1 on tokens, 0 on padding.
+            note: (layer, its input) → nothing.
+        """
+        with torch.no_grad(), self._during(_Reading(note), input_ids):
+            read_prompt(self.model, input_ids, attention_mask)
 
     def forward(
         self,
@@ -301,14 +317,14 @@ class RoutedModel(nn.Module):
         if self.granularity == "sequence" and chosen is None:
             chosen = self._choose(ids, attention, permitted)
         if chosen is None:
-            return _Acting(permitted, None, real.bool(), permitted is None or _alike(permitted))
+            return _Acting(permitted, None, real.bool(), permitted is None or alike(permitted))
         winner = chosen.winner.to(ids.device)
         if winner.shape != ids.shape[:1] or bool((winner >= len(self.bank.names)).any()):
             raise InputError("`chosen` is of another batch or bank", remedy="pass choose() of these rows")
         if permitted is not None:  # a choice made under other rights does not outlive them
             kept = permitted.gather(1, winner.clamp_min(0)[:, None]).squeeze(1)
             winner = torch.where(kept, winner, BASE)
-        return _Acting(permitted, winner, real.bool(), _alike(winner))
+        return _Acting(permitted, winner, real.bool(), alike(winner))
 
     @contextlib.contextmanager
     def _during(self, task: _Acting | _Reading, ids: Tensor) -> Iterator[None]:
@@ -334,7 +350,7 @@ class RoutedModel(nn.Module):
             flat = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
                 if isinstance(current.task, _Reading):
-                    self._read(layer, x, current.task)
+                    current.task.note(layer, x)
                     return None
                 with torch.no_grad():
                     mixed = self._mixture(layer, x, current.task, current.batch)
@@ -347,85 +363,24 @@ class RoutedModel(nn.Module):
         """Who acts on each token of this layer, and how much."""
         module, flat = layer.factors.module, x.reshape(-1, x.shape[-1])
         if not task.uniform:
-            _check_rows(x, task.real.shape[0], batch, module)
+            check_rows(x, task.real.shape[0], batch, module)
         if task.chosen is not None:
-            return Mixture.of(_spread(task.chosen.to(x.device), flat.shape[0]))
-        permitted = None if task.permitted is None else _spread(task.permitted.to(x.device), flat.shape[0])
+            return Mixture.of(spread(task.chosen.to(x.device), flat.shape[0]))
+        permitted = None if task.permitted is None else spread(task.permitted.to(x.device), flat.shape[0])
         scores = self.scorer.scores(layer.factors, flat, permitted)
         if self.scorer.mixed is not None:
             return mixture(scores.value, self.scorer.mixed)
         decision = decide(layer.factors, flat, scores, calibrated=self.scorer.calibrated)
         trace = self._trace
         if trace is not None:
-            trace.record(module, decision, _real_tokens(x, task.real if module in self._of_prompt else None, batch))
+            trace.record(module, decision, real_tokens(x, task.real if module in self._of_prompt else None, batch))
         return Mixture.of(decision.winner)
-
-    def _read(self, layer: RoutedLayer, x: Tensor, task: _Reading) -> None:
-        """Add this layer's scores of the prompt to the running totals."""
-        rows, tokens = task.counted.shape
-        if rows > 1:
-            _check_rows(x, rows, (rows, tokens), layer.factors.module)
-        value = self.scorer.scores(layer.factors, x.reshape(-1, x.shape[-1]), None).value.double()
-        value = value.reshape(rows, value.shape[0] // rows, value.shape[1])
-        # A pooler sees one vector a row: there is no padding in it.
-        mask = task.counted if value.shape[1] == tokens else torch.ones_like(task.counted[:, :1])
-        there = (value > -torch.inf) & mask.to(x.device)[:, :, None]
-        task.sums += torch.where(there, value, 0.0).sum(1).to(task.sums.device)
-        task.counts += there.sum(1).to(task.counts.device)
 
 
 def _device(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
 
 
-def _prompt_modules(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> frozenset[str]:
-    """The layers that see the prompt itself: all of them, but for an encoder–decoder its encoder's."""
-    if not model.config.is_encoder_decoder:
-        return frozenset(targets)
-    encoder = set(model.get_encoder().modules())
-    return frozenset(name for name, module in targets.items() if module in encoder)
-
-
-def _alike(values: Tensor) -> bool:
-    """Whether every row is the same."""
-    return bool((values == values[:1]).all())
-
-
-def _check_rows(x: Tensor, rows: int, batch: tuple[int, int], module: str) -> None:
-    """Return if the rows of x are surely those of the caller, in order: another's rights must not be taken for them.
-
-    A layer that sees (rows, tokens, inner) is trusted; one that sees (vectors, inner) only if these are all tokens of
-    the batch, or one a row: an expert that sees some tokens of some rows is not.
-    """
-    known = x.shape[0] in (batch[0], batch[0] * batch[1]) if x.dim() == 2 else True
-    if not known or x.shape[0] % rows != 0:
-        raise UnsupportedError(
-            "its inputs cannot be told apart by row", where=module, remedy="give one row, or leave it out of the plan"
-        )
-
-
-def _real_tokens(x: Tensor, prompt: Tensor | None, batch: tuple[int, int]) -> Tensor:
-    """Which of the layer's inputs are real tokens, shaped (rows, tokens) as the trace keeps them, beams as rows."""
-    rows = batch[0] if x.dim() == 2 and x.shape[0] % batch[0] == 0 else x.shape[0]
-    tokens = x.reshape(-1, x.shape[-1]).shape[0] // max(rows, 1)
-    if prompt is None or prompt.shape[1] != tokens or rows % prompt.shape[0] != 0:
-        return torch.ones(rows, tokens, dtype=torch.bool)
-    return prompt.repeat_interleave(rows // prompt.shape[0], 0).cpu()
-
-
-def _spread(values: Tensor, tokens: int) -> Tensor:
-    """One value a row → one a token: rows stay together, and beams of a row follow one another."""
-    if tokens % values.shape[0] != 0:  # only where all rows are alike: see `_check_rows`
-        return values[:1].repeat_interleave(tokens, dim=0)
-    return values.repeat_interleave(tokens // values.shape[0], dim=0)
-
-
 def _cached_length(cache: object) -> int:
     """How many tokens a transformers cache holds."""
     return cache.get_seq_length() if isinstance(cache, Cache) else 0
-
-
-def left_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with their padding moved to the left, as decoders need it to continue."""
-    order = attention_mask.bool().int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -52,6 +52,11 @@ class Trace:
         self.layers.setdefault(module, []).append(LayerTrace(winner, runner_up, margin, real))
         self.rescored += int(decision.rescored.sum())
 
+    def choose(self, decision: Decision) -> None:
+        """Append the choice of one adapter a row."""
+        self.choices.append(decision)
+        self.rescored += int(decision.rescored.sum())
+
     def lengths(self) -> dict[str, int]:
         """Module → how many forward passes are recorded."""
         return {module: len(parts) for module, parts in self.layers.items()}

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +24,11 @@ from transformers import (
 from treadle.errors import InputError, MismatchError, UnsupportedError
 from treadle.family.injection import inject, linear_shapes
 from treadle.routing.bank import AdapterBank
+from treadle.routing.calibration import PublicCalibration
 from treadle.routing.decision import BASE
-from treadle.routing.routed import RoutedModel, left_padded
+from treadle.routing.routed import RoutedModel
+from treadle.routing.rows import left_padded
+from treadle.routing.scores import Scores
 
 GRANULARITIES = ["token", "sequence"]
 PROMPTS = [[1, 40, 41, 42, 43, 44, 45], [1, 60, 61], [1, 80, 81, 82, 83]]
@@ -489,3 +493,68 @@ def test_padding_moves_to_the_left_and_nothing_else() -> None:
 
 def test_every_linear_layer_of_the_trunk_may_be_routed(base: PreTrainedModel, make: SimpleNamespace) -> None:
     assert set(make.family(base).plan.modules) == set(linear_shapes(base))
+
+
+def test_a_disputed_choice_is_settled_in_float64(
+    tiny_llama: LlamaForCausalLM, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Whatever the float32 values claim, if their bounds leave room for doubt."""
+    bank = make.bank(tiny_llama, tiny_tokenizer)
+    model = route(tiny_llama, bank, "sequence")
+    ids, mask = padded(PROMPTS, "right")
+    sets = [set(bank.names), {"alpha", "gamma"}, {"beta"}]
+    expected = model.choose(ids, mask, permitted=sets)
+    honest = model.scorer.scores
+
+    def lying(factors: Any, x: torch.Tensor, permitted: torch.Tensor | None) -> Scores:
+        scores = honest(factors, x, permitted)
+        value = torch.where(scores.value > -torch.inf, -scores.value, -torch.inf)
+        return Scores(value, scores.lower - 1e3, scores.upper + 1e3)
+
+    model.scorer = replace(model.scorer, scores=lying)
+    with model.trace() as trace:
+        found = model.choose(ids, mask, permitted=sets)
+    assert torch.equal(found.winner, expected.winner)
+    assert torch.equal(found.runner_up, expected.runner_up)
+    assert torch.allclose(found.margin, expected.margin, atol=1e-4)
+    assert found.rescored.tolist() == [True, True, False]  # one alone is beyond dispute
+    assert trace.rescored == 2
+
+
+def test_twins_share_a_choice_by_the_banks_order(
+    tiny_llama: LlamaForCausalLM, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    family = make.family(tiny_llama)
+    beta = make.adapter(family, "beta", scale=0.5)
+    bank = AdapterBank.build(
+        family,
+        [beta, replace(beta, name="twin")],
+        calibration=PublicCalibration(make.passages),
+        model=tiny_llama,
+        tokenizer=tiny_tokenizer,
+    )
+    ids, mask = padded(PROMPTS, "left")
+    assert route(tiny_llama, bank, "sequence").choose(ids, mask).winner.tolist() == [0, 0, 0]
+    model = route(tiny_llama, bank, "token")
+    with model.trace() as trace:
+        model(ids, mask)
+    assert {name for row in range(3) for names in trace.winners(row).values() for name in names} == {"beta"}
+
+
+def test_other_threads_prompts_are_not_calibration_text(
+    tiny_llama: LlamaForCausalLM, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = make.bank(tiny_llama, tiny_tokenizer).statistics
+
+    def meddle(*_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=tiny_llama, args=(torch.tensor(PROMPTS[:1]),))
+            other.start()
+            other.join(30)
+
+    handle = tiny_llama.model.layers[0].register_forward_pre_hook(meddle)
+    found = make.bank(tiny_llama, tiny_tokenizer).statistics
+    handle.remove()
+    assert all(
+        torch.equal(found.mean[module].nan_to_num(), expected.mean[module].nan_to_num()) for module in found.mean
+    )
