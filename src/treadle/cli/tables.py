@@ -96,9 +96,9 @@ def show_route(result: RouteResult, *, json: bool) -> None:
         rows = [(repr(t.text), _shares(t.shares)) for t in result.tokens]
         print_table("who acts on each token (share of layers)", ("token", "adapters"), rows)
     if result.continuation is not None:
-        say(f"routed: {result.continuation}")
+        say(f"routed: {result.continuation.strip() or '(nothing)'}")
     if result.base_continuation is not None:
-        say(f"base:   {result.base_continuation}")
+        say(f"base:   {result.base_continuation.strip() or '(nothing)'}")
 
 
 def _show_choice(result: RouteResult, choice: Choice) -> None:

@@ -173,8 +173,9 @@ def _inspect_adapter(path: Path, named: str | None, progress: Progress) -> Inspe
     label = adapter.base.name if adapter.base else peft_format.read(path).base_name
     norms, notes = _base_norms(label, adapter.base, named, adapter.plan, progress)
     rows: list[ModuleRow] = []
-    for done, (module, planned) in enumerate(adapter.plan.modules.items()):
+    for done, module in enumerate(sorted(adapter.plan.modules, key=_numbered)):  # a folder keeps no order of its own
         progress("measuring updates", done, len(adapter.plan.modules))
+        planned = adapter.plan.modules[module]
         frobenius, spectral = update_norms(adapter.lora_A[module], adapter.folded_B(module))
         size = planned.rank * planned.out_features
         rows.append(ModuleRow(module, planned.rank, planned.scaling, size, frobenius, spectral, norms.get(module)))
@@ -183,7 +184,7 @@ def _inspect_adapter(path: Path, named: str | None, progress: Progress) -> Inspe
         "base sha256": adapter.base.sha256 if adapter.base else UNVERIFIED,
         "weights sha256": sha256_of(path / peft_format.WEIGHTS),
         "task type": adapter.task_type or "none",
-        **_plan_facts(adapter.plan),
+        **_size_facts(adapter.plan),
         **_provenance_facts(adapter.provenance),
     }
     if (path / adapter_files.METADATA).is_file():
@@ -203,7 +204,8 @@ def _inspect_family(path: Path, named: str | None, progress: Progress) -> Inspec
         "base sha256": family.base.sha256,
         "A drawn by": f"{family.init}, seed {family.seed}",
         "lora_A sha256": sha256_of(path / family_files.WEIGHTS),
-        **_plan_facts(family.plan),
+        **_size_facts(family.plan),
+        **{f"plan: {key}": value for key, value in family.plan.provenance.items()},
     }
     return Inspection("family", path.resolve().name, family.base.name, facts, rows, notes=notes)
 
@@ -297,15 +299,19 @@ def fleet_privacy(bank: AdapterBank) -> FleetPrivacy:
     return FleetPrivacy(max(stated), sum(stated), "")
 
 
-def _plan_facts(plan: RankPlan) -> dict[str, str]:
+def _size_facts(plan: RankPlan) -> dict[str, str]:
     ranks = sorted({row.rank for row in plan.modules.values()})
     count = plan.count()
     return {
         "modules": str(len(plan.modules)),
         "ranks": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         "parameters": f"{count.lora_B:,} in B, {count.lora_A:,} in A",
-        **{f"plan: {key}": value for key, value in plan.provenance.items()},
     }
+
+
+def _numbered(module: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in module.split(".")]
 
 
 def _provenance_facts(provenance: Provenance) -> dict[str, str]:

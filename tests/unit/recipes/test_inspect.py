@@ -29,6 +29,19 @@ def test_norms_of_an_adapter_are_those_of_its_update(small_fleet: Path) -> None:
     assert found.notes == ()
 
 
+def test_layers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    from treadle.family.adapter import Provenance
+    from treadle.family.family import AdapterFamily
+    from treadle.family.plan import LayerShape, RankPlan
+    from treadle.models.identity import BaseIdentity
+
+    plan = RankPlan.uniform({f"layers.{layer}.q_proj": LayerShape(4, 4) for layer in range(12)}, rank=1)
+    family = AdapterFamily.create(base=BaseIdentity("nowhere", "0" * 64), plan=plan, seed=0)
+    lora_B = {module: torch.ones(4, 1) for module in plan.modules}
+    Adapter.of_family(family, "a", lora_B, provenance=Provenance("sft")).save(tmp_path / "a")
+    assert [row.module for row in inspect(tmp_path / "a").modules] == list(plan.modules)
+
+
 def test_a_foreign_adapter_is_unverified(small_fleet: Path) -> None:
     found = inspect(small_fleet / "foreign")
     assert "unverified base" in found.base

@@ -1,6 +1,7 @@
 """Pages are whole, need nothing from outside, and hand no text from outside to the browser as markup."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -158,6 +159,11 @@ def test_a_scorer_that_mixes_says_so() -> None:
         "bank", "base", "a", RouteSettings("mean", "token"), ("a",), None, (TokenRow("a", True, None),), (), None, None
     )
     assert "mixes adapters on every token" in checked_page(route_page(mixed)).text
+
+
+def test_an_empty_continuation_is_said_in_words() -> None:
+    silent = replace(result(granularity="sequence"), continuation="", base_continuation=" ")
+    assert checked_page(route_page(silent)).text.count("Nothing: it ended at once.") == 2
 
 
 def test_a_page_is_written_whole(tmp_path: Path) -> None:
