@@ -105,11 +105,12 @@ def _swap(temporary: Path, path: Path) -> None:
     os.rename(path, aside / path.name)
     try:
         os.rename(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         os.rename(aside / path.name, path)
         raise
-    sync_folder(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:

@@ -17,6 +17,7 @@ class DemoRun(RunConfig):
     """The demo's size and place.
 
     Attributes:
+        base: the base model: a catalogued name, a local folder, or a hub id.
         out: its folder; a demo that was stopped there goes on.
         data: a folder of data sets to use instead of generated tasks.
         quick: two adapters in about three minutes.
@@ -25,6 +26,7 @@ class DemoRun(RunConfig):
         device: "auto", "cpu", "cuda", …
     """
 
+    base: str = "smollm2-135m"
     out: Path = Path("runs/demo")
     data: Path | None = None
     quick: bool = False
@@ -36,6 +38,7 @@ class DemoRun(RunConfig):
         """The fleet that the demo grows: at most 15,000 training tokens an adapter, 6,000 in the quick one."""
         tasks = GENERATED if self.data is None else FROM_FILES
         return FleetRun(
+            base=self.base,
             tasks=tasks[:2] if self.quick else tasks,
             data=self.data,
             out=self.out,
