@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 VOCABULARY = 128
 
+torch.set_num_threads(1)  # models this small run faster on one thread than on two that wait for each other
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

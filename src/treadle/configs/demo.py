@@ -41,6 +41,7 @@ class DemoRun(RunConfig):
             base=self.base,
             tasks=tasks[:2] if self.quick else tasks,
             data=self.data,
+            public=self.data is None,  # a generator's questions are
             out=self.out,
             seed=self.seed,
             probe_texts=1 if self.quick else 4,

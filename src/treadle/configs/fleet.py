@@ -28,6 +28,7 @@ class FleetRun(RunConfig):
         sft: of every adapter; its seed is `seed`.
         calibration_texts: passages of public text that the bank is calibrated on.
         calibration_words: words a passage.
+        public: whether the tasks' data may be known; only then do the adapters carry a digest of them.
         device: "auto", "cpu", "cuda", …
     """
 
@@ -46,4 +47,5 @@ class FleetRun(RunConfig):
     sft: SftSettings = SftSettings(max_tokens=15_000)
     calibration_texts: int = Field(default=64, ge=1)
     calibration_words: int = Field(default=60, ge=1)
+    public: bool = False
     device: str = "auto"

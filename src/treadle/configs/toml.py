@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, InputError
 
 
 class RunConfig(BaseModel):
@@ -48,3 +48,5 @@ def checked(content: dict[str, object], kind: type[Config], *, where: object) ->
             "delete the key" if first["type"] == "extra_forbidden" else f"see the keys of {kind.__name__} in the docs"
         )
         raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy=remedy) from error
+    except InputError as error:  # of settings that check themselves; they name their own key
+        raise ConfigError(error.what, where=where, remedy=error.remedy) from error

@@ -1,13 +1,11 @@
 """The TOML of `treadle train`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from treadle.configs.toml import RunConfig
-from treadle.errors import InputError
 from treadle.train.settings import SftSettings
 
 
@@ -80,14 +78,6 @@ class TrainRun(RunConfig):
     sft: SftSettings = SftSettings()
     device: str = "auto"
     overwrite: bool = False
-
-    @field_validator("sft", mode="wrap")
-    @classmethod
-    def _in_range(cls, value: object, handler: Callable[[object], object]) -> object:
-        try:
-            return handler(value)
-        except InputError as error:
-            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _sound(self) -> "TrainRun":

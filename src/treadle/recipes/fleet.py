@@ -6,7 +6,6 @@ adapters       B-only training, one task after another     → adapters/TASK/
 bank           factors, calibration on public text         → bank/
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -27,10 +26,11 @@ from treadle.progress import Progress, silent
 from treadle.ranks.allocation import allocate, mean_rank_budget
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.perturbation import perturbation
+from treadle.recipes.bank import store_bank
 from treadle.routing.bank import AdapterBank
-from treadle.routing.bank_files import METADATA, load_bank, save_bank
+from treadle.routing.bank_files import METADATA, load_bank
 from treadle.routing.calibration import PublicCalibration
-from treadle.train.rows import mixed
+from treadle.train.rows import data_sha256, mixed
 from treadle.train.sft import train_sft
 
 CURVES = "losses.json"
@@ -151,7 +151,7 @@ def _adapter(
             progress=told,
         )
         files.write_json(curve, {"losses": list(result.losses), "tokens": result.tokens, "examples": result.examples})
-        digest = hashlib.sha256("\x00".join(e.prompt + e.completion for e in examples).encode()).hexdigest()
+        digest = data_sha256(examples) if config.public else None
         result.adapter(task.name, data=task.name, data_sha256=digest).save(folder)
     stored = files.read_json(curve)["losses"]
     assert isinstance(stored, list)
@@ -175,5 +175,5 @@ def _bank(
     bank = AdapterBank.build(
         family, adapters, calibration=calibration, model=model, tokenizer=tokenizer, progress=progress
     )
-    save_bank(bank, folder)
+    store_bank(bank, folder, calibration)
     return bank
