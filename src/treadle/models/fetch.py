@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
-
 from treadle.errors import FormatError, TreadleError, UnavailableError
-from treadle.files import new_folder, read_json, sha256_of, write_json
+from treadle.files import locked, new_folder, read_json, sha256_of, write_json
 from treadle.models.cache import cache_folder
 from treadle.models.catalogue import CatalogueEntry, Wheel, entry, gguf_members, plain_members
 from treadle.models.identity import identify_folder
@@ -72,17 +70,8 @@ def is_whole(wanted: CatalogueEntry, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _only_process(file: Path, progress: Progress) -> Iterator[None]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress("waiting for another process that fetches the same model", 0, 0)
-        lock.acquire()
-    try:
+    with locked(file, lambda: progress("waiting for another process that fetches the same model", 0, 0)):
         yield
-    finally:
-        lock.release()
 
 
 def _make(wanted: CatalogueEntry, folder: Path, progress: Progress) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from treadle import files
 from treadle.data.public_text import public_texts
 from treadle.errors import InputError
@@ -253,14 +251,6 @@ def _kept_file(folder: Path, digest: str) -> Path:
 @contextlib.contextmanager
 def _alone(folder: Path, progress: Progress) -> Iterator[None]:
     """A block in which no other process of treadle changes the bank in `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress("waiting for another process that changes this bank", 0, 0)
-        lock.acquire()
-    try:
+    lock = folder.parent / f".{folder.name}.lock"
+    with files.locked(lock, lambda: progress("waiting for another process that changes this bank", 0, 0)):
         yield
-    finally:
-        lock.release()

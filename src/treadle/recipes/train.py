@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from treadle.configs.train import SourceData, TaskData, TrainRun
 from treadle.data.prompts import Example, Template
 from treadle.data.sources import read_rows
@@ -20,7 +18,7 @@ from treadle.data.tasks import load_task
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
-from treadle.files import checked_name
+from treadle.files import checked_name, locked
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import base_folder
@@ -120,13 +118,9 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: one does.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError("another process trains this adapter", where=folder, remedy="wait for it") from error
-    try:
+
+    def refuse() -> None:
+        raise InputError("another process trains this adapter", where=folder, remedy="wait for it")
+
+    with locked(folder.parent / f".{folder.name}.lock", refuse):
         yield
-    finally:
-        lock.release()
