@@ -30,6 +30,7 @@ class Suite(RunConfig):
         examples: training examples a task.
         max_tokens: training tokens an adapter.
         epochs: passes over the examples.
+        bare_share: share of the training examples shown without their instruction.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Suite(RunConfig):
     examples: int | None = None
     max_tokens: int | None = None
     epochs: int = 1
+    bare_share: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
 class DemoQualityRun(RunConfig):

@@ -16,6 +16,7 @@ from treadle.data.prompts import Example
 from treadle.errors import UnsupportedError
 from treadle.evaluation.execution import check_completion
 from treadle.routing.calibration import positions
+from treadle.routing.decision import Decision
 from treadle.routing.routed import RoutedModel
 
 Answerer = PreTrainedModel | RoutedModel
@@ -109,29 +110,41 @@ def candidate_scores(
     for row, tail in enumerate(flat):
         target[row, : len(tail)] = torch.tensor(tail)
         real[row, : len(tail)] = True
-    output = _run(model, ids, attention, positions(attention), None)
+    sequence = isinstance(model, RoutedModel) and model.granularity == "sequence"
+    adapters = model.choose(ids, attention) if sequence else None
+    output = _run(model, _Tokens(ids, attention, positions(attention)), None, adapters)
     logits = _logits(output)[:, -1:].repeat_interleave(count, 0)
     if width > 1:
         cache = cast("Cache", output.past_key_values)
         cache.batch_repeat_interleave(count)
         longer = torch.cat([attention.repeat_interleave(count, 0), torch.ones_like(target[:, 1:])], 1)
         where = positions(longer)[:, -(width - 1) :]
-        logits = torch.cat([logits, _logits(_run(model, target[:, :-1], longer, where, cache))], 1)
+        again = None if adapters is None else adapters.repeated(count)
+        logits = torch.cat([logits, _logits(_run(model, _Tokens(target[:, :-1], longer, where), cache, again))], 1)
     chosen = logits.float().log_softmax(-1).gather(2, target[:, :, None]).squeeze(2)
     return (chosen * real).sum(1).reshape(len(examples), count)
 
 
-def _run(
-    model: Answerer, ids: Tensor, attention: Tensor, where: Int[Tensor, "rows tokens"], cache: Cache | None
-) -> CausalLMOutputWithPast:
+@dataclass(frozen=True)
+class _Tokens:
+    """What one forward pass reads, each (rows, tokens); the mask covers the cache as well."""
+
+    ids: Tensor
+    attention: Tensor
+    positions: Tensor
+
+
+def _run(model: Answerer, tokens: _Tokens, cache: Cache | None, adapters: Decision | None) -> CausalLMOutputWithPast:
     """One forward pass with a cache; the first one keeps the last position's logits only."""
+    options: dict[str, Decision] = {} if adapters is None else {"chosen": adapters}
     output = model(
-        input_ids=ids,
-        attention_mask=attention,
-        position_ids=where,
+        input_ids=tokens.ids,
+        attention_mask=tokens.attention,
+        position_ids=tokens.positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1 if cache is None else 0,
+        **options,
     )
     return cast("CausalLMOutputWithPast", output)
 

@@ -37,6 +37,11 @@ class Decision:
     margin: Float[Tensor, " tokens"]
     rescored: Bool[Tensor, " tokens"]
 
+    def repeated(self, times: int) -> "Decision":
+        """Every decision `times` times in a row, as beams and candidates of one prompt need it."""
+        parts = (self.winner, self.runner_up, self.margin, self.rescored)
+        return Decision(*(part.repeat_interleave(times) for part in parts))
+
 
 def decide(factors: LayerFactors, x: Float[Tensor, "tokens inner"], scores: Scores, *, calibrated: bool) -> Decision:
     """The argmax of the scores, exact: what float64 on the stored matrices would choose, ties by the bank's order.

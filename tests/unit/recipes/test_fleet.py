@@ -37,7 +37,7 @@ kind = "label-likelihood"
 
 [metric.labels]
 positive = "positive"
-negative = "negative"
+negative = "negative bad"
 """
 
 

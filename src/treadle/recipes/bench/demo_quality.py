@@ -109,6 +109,7 @@ def _fleet(config: DemoQualityRun, suite: Suite, seed: int, *, work: Path, data:
     changes = {
         "tasks": suite.tasks,
         "examples": suite.examples,
+        "bare_share": suite.bare_share,
         "seed": seed,
         "data": data,
         "out": work / f"{suite.name}-{seed}",
