@@ -110,8 +110,9 @@ def candidate_scores(
     for row, tail in enumerate(flat):
         target[row, : len(tail)] = torch.tensor(tail)
         real[row, : len(tail)] = True
-    sequence = isinstance(model, RoutedModel) and model.granularity == "sequence"
-    adapters = model.choose(ids, attention) if sequence else None
+    adapters: Decision | None = None
+    if isinstance(model, RoutedModel) and model.granularity == "sequence":
+        adapters = model.choose(ids, attention)
     output = _run(model, _Tokens(ids, attention, positions(attention)), None, adapters)
     logits = _logits(output)[:, -1:].repeat_interleave(count, 0)
     if width > 1:
