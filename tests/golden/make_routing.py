@@ -45,8 +45,8 @@ def main() -> None:
     scores = [[(n - m) / s for n, m, s in zip(row, mean, std, strict=True)] for row in norms]
     content = {
         "norm": [max(range(ADAPTERS), key=lambda i: (row[i], -i)) for row in norms],
-        "zscore": [max(range(ADAPTERS), key=lambda i: (row[i], -i)) for row in scores],
-        "zscore_without_1_and_4": [max((0, 2, 3, 5), key=lambda i: (row[i], -i)) for row in scores],
+        "seqr": [max(range(ADAPTERS), key=lambda i: (row[i], -i)) for row in scores],
+        "seqr_without_1_and_4": [max((0, 2, 3, 5), key=lambda i: (row[i], -i)) for row in scores],
         "first_norms": [float(value) for value in norms[0]],
         "first_scores": [float(value) for value in scores[0]],
     }

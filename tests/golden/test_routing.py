@@ -33,17 +33,17 @@ def factors() -> LayerFactors:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["norm", "zscore", "zscore_without_1_and_4"])
+@pytest.mark.parametrize("name", ["norm", "seqr", "seqr_without_1_and_4"])
 def test_the_decisions(name: str, dtype: torch.dtype, factors: LayerFactors) -> None:
     x = grid("x", (40, 12)).to(dtype)  # multiples of 1/16 below 2: bfloat16 holds them exactly
     permitted = torch.tensor([True, False, True, True, False, True]).expand(40, -1) if "without" in name else None
     scorer = SCORERS[name.split("_")[0]]
-    decision = decide(factors, x, scorer.scores(factors, x, permitted), calibrated=scorer.calibrated)
+    decision = decide(factors, x, scorer.scores(factors, x, permitted), scorer.form(factors) if scorer.form else None)
     assert decision.winner.tolist() == GOLDEN[name]
     assert len(set(GOLDEN[name])) >= 3
 
 
 def test_the_scores(factors: LayerFactors) -> None:
     x = grid("x", (40, 12))[:1]
-    for name, key in (("norm", "first_norms"), ("zscore", "first_scores")):
+    for name, key in (("norm", "first_norms"), ("seqr", "first_scores")):
         assert SCORERS[name].scores(factors, x, None).value[0].tolist() == pytest.approx(GOLDEN[key], rel=1e-5)

@@ -12,9 +12,12 @@ from treadle.family.adapter import Adapter, Provenance
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.routing.decision import BASE, TIE, decide
 from treadle.routing.factors import LayerFactors, build_factors, calibrated
-from treadle.routing.scorers import SCORERS
+from treadle.routing.layer import Composition, RoutedLayer
+from treadle.routing.scorers import SCORERS, norm, seqr
 
 MODULE, INNER, OUTER = "layer", 40, 36
+ARGMAX = Composition(1, 1.0)
+FORMS = {"norm": norm.form, "seqr": seqr.form}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def reference(adapters: list[Adapter], x: torch.Tensor) -> torch.Tensor:
 def scored(case: Case, scorer: str, permitted: torch.Tensor | None) -> torch.Tensor:
     """The float64 scores, -inf where forbidden or ineligible."""
     score = reference(case.adapters, case.x)
-    if scorer == "zscore":
+    if scorer == "seqr":
         score = (score - case.factors.mean) / case.factors.std
         score = score.masked_fill(~case.factors.eligible, -torch.inf)
     return score if permitted is None else score.masked_fill(~permitted, -torch.inf)
@@ -108,13 +111,13 @@ def wrong(score: torch.Tensor, winner: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=120, deadline=None)
-@given(recipe=RECIPES, scorer=st.sampled_from(["norm", "zscore"]), mask=st.one_of(st.none(), st.integers(0, 2**31)))
+@given(recipe=RECIPES, scorer=st.sampled_from(["norm", "seqr"]), mask=st.one_of(st.none(), st.integers(0, 2**31)))
 def test_the_winner_is_that_of_a_float64_brute_force(recipe: Mapping[str, Any], scorer: str, mask: int | None) -> None:
     case = case_of(recipe)
     shape = (case.x.shape[0], len(case.adapters))
     permitted = None if mask is None else torch.rand(shape, generator=torch.Generator().manual_seed(mask)) < 0.5
     scores = SCORERS[scorer].scores(case.factors, case.x, permitted)
-    decision = decide(case.factors, case.x, scores, calibrated=scorer == "zscore")
+    decision = decide(case.factors, case.x, scores, FORMS[scorer](case.factors))
     score = scored(case, scorer, permitted)
     assert not wrong(score, decision.winner).any()
     # the runner-up is permitted, another, and no better than a tie
@@ -123,6 +126,11 @@ def test_the_winner_is_that_of_a_float64_brute_force(recipe: Mapping[str, Any], 
     if permitted is not None and there.any():
         assert permitted[there].gather(1, decision.runner_up[there, None]).all()
     assert (decision.margin >= 0).all()
+    fast = RoutedLayer(case.factors, SCORERS[scorer], slots=1).choose(case.x, permitted, ARGMAX, explained=True)
+    assert fast.decision is not None
+    assert torch.equal(fast.decision.winner, decision.winner)
+    assert torch.equal(fast.mixture.adapter[:, 0], decision.winner)
+    assert torch.equal(fast.decision.rescored, decision.rescored)
     finite = score > -torch.inf
     assert (scores.lower <= score + 1e-12 * score.abs())[finite].all()
     assert (scores.upper >= score - 1e-12 * score.abs())[finite].all()
@@ -133,7 +141,7 @@ def test_the_winner_is_that_of_a_float64_brute_force(recipe: Mapping[str, Any], 
 def test_twins_go_to_the_one_that_stands_first(recipe: Mapping[str, Any]) -> None:
     case = case_of(recipe)
     scores = SCORERS["norm"].scores(case.factors, case.x, None)
-    decision = decide(case.factors, case.x, scores, calibrated=False)
+    decision = decide(case.factors, case.x, scores, norm.form(case.factors))
     for place, adapter in enumerate(case.adapters[1:], 1):
         if adapter.family and torch.equal(adapter.lora_B[MODULE], case.adapters[place - 1].lora_B[MODULE]):
             assert not (decision.winner == place).any()
@@ -160,6 +168,6 @@ def test_without_rescoring_the_property_would_fail() -> None:
     case, score = adversarial()
     scores = SCORERS["norm"].scores(case.factors, case.x, None)
     assert wrong(score, scores.value.argmax(1)).any()
-    decision = decide(case.factors, case.x, scores, calibrated=False)
+    decision = decide(case.factors, case.x, scores, norm.form(case.factors))
     assert not wrong(score, decision.winner).any()
     assert decision.rescored.all()

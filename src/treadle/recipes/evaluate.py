@@ -37,7 +37,7 @@ MEAN_OF_TASKS = "(mean)"
 _LIVE: Mapping[str, tuple[str, Granularity]] = {
     "mean": ("mean", "token"),
     "arrow": ("arrow", "token"),
-    "token": ("zscore", "token"),
+    "token": ("seqr", "token"),
 }
 
 
@@ -218,14 +218,14 @@ class _Bench:
                 told(f"alone:{name}")
                 found[f"alone:{name}"] = alone.verdicts([place] * len(self.examples))
         for arm, (scorer, granularity) in _LIVE.items():
-            if arm in arms and (calibrated or scorer != "zscore"):
+            if arm in arms and (calibrated or scorer != "seqr"):
                 told(arm)
                 found[arm] = self._routed(scorer, granularity)
         chosen: list[int] = []
         if "sequence" in arms and calibrated:
             told("sequence")
             chosen = choices(self.bank, self.model, self.tokenizer, self.examples)
-            found["sequence"] = self._routed("zscore", "sequence") if self.config.live else alone.verdicts(chosen)
+            found["sequence"] = self._routed("seqr", "sequence") if self.config.live else alone.verdicts(chosen)
         if "oracle" in arms and own:
             told("oracle")
             found["oracle"] = alone.verdicts([names.index(self.task.name)] * len(self.examples))

@@ -12,13 +12,51 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from treadle.routing.factors import LayerFactors, exact_norms
-from treadle.routing.scores import Scores
+from treadle.routing.rows import spread
+from treadle.routing.scores import NormScore, Scores
 
 BASE = -1
 """The place of "no adapter": the base model alone."""
 
 TIE = 1e-6
 """Two scores closer than this, relative to max(1, abs(score)), are a tie."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which adapters act on each token, and with what weight.
+
+    Attributes:
+        adapter: places in the bank, `BASE` for none.
+        weight: None where a single adapter acts alone.
+    """
+
+    adapter: Int[Tensor, "tokens slots"]
+    weight: Float[Tensor, "tokens slots"] | None
+
+    @staticmethod
+    def of(winner: Int[Tensor, " tokens"]) -> "Mixture":
+        """One adapter a token, acting alone."""
+        return Mixture(winner[:, None], None)
+
+    def repeated(self, times: int) -> "Mixture":
+        """Every row `times` times in a row."""
+        weight = None if self.weight is None else self.weight.repeat_interleave(times, dim=0)
+        return Mixture(self.adapter.repeat_interleave(times, dim=0), weight)
+
+    def spread(self, tokens: int) -> "Mixture":
+        """One row's adapters → those of each of its tokens."""
+        weight = None if self.weight is None else spread(self.weight, tokens)
+        return Mixture(spread(self.adapter, tokens), weight)
+
+    def to(self, device: torch.device) -> "Mixture":
+        """The same on another device."""
+        return Mixture(self.adapter.to(device), None if self.weight is None else self.weight.to(device))
+
+    def narrowed(self, permitted: Bool[Tensor, "tokens adapters"]) -> "Mixture":
+        """The same without those who are not permitted; the weights of the others stay."""
+        kept = permitted.gather(1, self.adapter.clamp_min(0))
+        return Mixture(torch.where(kept, self.adapter, BASE), self.weight)
 
 
 @dataclass(frozen=True)
@@ -30,32 +68,55 @@ class Decision:
         runner_up: the second best permitted adapter, `BASE` where there is none.
         margin: winner's score minus the runner-up's, 0 where there is no runner-up.
         rescored: whether float64 settled it.
+        together: who acts, where more than the winner may.
     """
 
     winner: Int[Tensor, " tokens"]
     runner_up: Int[Tensor, " tokens"]
     margin: Float[Tensor, " tokens"]
     rescored: Bool[Tensor, " tokens"]
+    together: Mixture | None = None
+
+    @property
+    def mixture(self) -> Mixture:
+        """Who acts: the winner alone, unless more may."""
+        return self.together or Mixture.of(self.winner)
+
+    def replaced(self, rows: Int[Tensor, " few"], other: "Decision") -> "Decision":
+        """These decisions of one winner each, those at `rows` taken from `other`."""
+        return Decision(
+            self.winner.index_copy(0, rows, other.winner),
+            self.runner_up.index_copy(0, rows, other.runner_up),
+            self.margin.index_copy(0, rows, other.margin),
+            self.rescored.index_copy(0, rows, other.rescored),
+        )
 
     def repeated(self, times: int) -> "Decision":
         """Every decision `times` times in a row, as beams and candidates of one prompt need it."""
-        parts = (self.winner, self.runner_up, self.margin, self.rescored)
-        return Decision(*(part.repeat_interleave(times) for part in parts))
+        return Decision(
+            self.winner.repeat_interleave(times),
+            self.runner_up.repeat_interleave(times),
+            self.margin.repeat_interleave(times),
+            self.rescored.repeat_interleave(times),
+            None if self.together is None else self.together.repeated(times),
+        )
 
 
-def decide(factors: LayerFactors, x: Float[Tensor, "tokens inner"], scores: Scores, *, calibrated: bool) -> Decision:
+def decide(factors: LayerFactors, x: Float[Tensor, "tokens inner"], scores: Scores, form: NormScore | None) -> Decision:
     """The argmax of the scores, exact: what float64 on the stored matrices would choose, ties by the bank's order.
 
     Args:
         factors: of the layer.
         x: the layer's input, as the layer got it.
         scores: of a scorer on the same x.
-        calibrated: whether they are z-scores (else plain norms).
+        form: of the scores; None where they are exact as computed.
     """
     value, rivals = scores.value, contenders(scores)
     disputed = rivals.sum(1) > 1
-    if bool(disputed.any()):
-        value = settled(factors, x, value, rivals & disputed[:, None], calibrated=calibrated)
+    if form is None:
+        disputed = torch.zeros_like(disputed)
+    elif bool(disputed.any()):
+        value = settled(factors, x, value, rivals & disputed[:, None], form)
     return ranked(value, disputed)
 
 
@@ -83,15 +144,11 @@ def settled(
     x: Float[Tensor, "tokens inner"],
     value: Float[Tensor, "tokens adapters"],
     rivals: Bool[Tensor, "tokens adapters"],
-    *,
-    calibrated: bool,
+    form: NormScore,
 ) -> Float[Tensor, "tokens adapters"]:
     """The values with every rival's replaced by its float64 score, from the stored matrices."""
     value = value.clone()
     for adapter in rivals.any(0).nonzero().flatten().tolist():
         rows = rivals[:, adapter].nonzero().flatten()
-        norm = exact_norms(factors, adapter, x[rows])
-        if calibrated:
-            norm = (norm - factors.mean[adapter]) / factors.std[adapter]
-        value[rows, adapter] = norm
+        value[rows, adapter] = exact_norms(factors, adapter, x[rows]) / form.unit[adapter] - form.centre[adapter]
     return value

@@ -6,12 +6,13 @@ of its own, scored exactly by its own A, and costs its own product with x.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from treadle.algebra import packed_gram, pair_products, squared_norm_error, top_right_singular_vector
+from treadle.algebra import packed_gram, pair_products, squared_norm_error
 from treadle.family.adapter import Adapter
 from treadle.family.plan import LayerShape
 
@@ -52,7 +53,7 @@ class LayerFactors:
         present: (adapters,), whether the adapter has this layer.
         mean: (adapters,) of ‖B A x‖, float64; NaN before calibration.
         std: (adapters,) of ‖B A x‖, float64; NaN before calibration.
-        prototypes: (adapters, inner), ARROW's unit vectors, float32; None until `with_prototypes` is asked for them.
+        directions: (adapters, rows, inner), float32, what a scorer's `prepare` made of every B·A; None without it.
         folded_B: loads the (out, rank) matrix of an adapter by its place in the bank.
     """
 
@@ -62,7 +63,7 @@ class LayerFactors:
     present: Bool[Tensor, " adapters"]
     mean: Float[Tensor, " adapters"]
     std: Float[Tensor, " adapters"]
-    prototypes: Float[Tensor, "adapters inner"] | None
+    directions: Float[Tensor, "adapters rows inner"] | None
     folded_B: Callable[[int], Tensor]
 
     @property
@@ -78,12 +79,23 @@ class LayerFactors:
             present=self.present.to(device),
             mean=self.mean.to(device),
             std=self.std.to(device),
-            prototypes=None if self.prototypes is None else self.prototypes.to(device),
+            directions=None if self.directions is None else self.directions.to(device),
         )
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the layer's adapters."""
+        return max(group.A.shape[0] for group in self.groups)
+
+    @cached_property
+    def group_places(self) -> Mapping[int, int]:
+        """Place of an adapter in the bank → place of its group; adapters without this layer are left out."""
+        return {adapter: place for place, group in enumerate(self.groups) for adapter in group.columns.tolist()}
 
     def group_of(self, adapter: int) -> Group | None:
         """The group of the adapter at this place in the bank, None if it lacks this layer."""
-        return next((group for group in self.groups if adapter in group.columns.tolist()), None)
+        place = self.group_places.get(adapter)
+        return None if place is None else self.groups[place]
 
 
 def build_factors(module: str, adapters: Sequence[Adapter]) -> LayerFactors:
@@ -163,17 +175,6 @@ def triangles(factors: LayerFactors, group: Group, places: Sequence[int]) -> dic
     """
     mine = sorted(set(places) & set(group.columns.tolist()))
     return {place: torch.linalg.qr(factors.folded_B(place).to(group.A.device).double(), mode="r").R for place in mine}
-
-
-def with_prototypes(factors: LayerFactors) -> LayerFactors:
-    """The factors with ARROW's vectors, each adapter's top right singular vector of B·A (arXiv 2405.11157 §3.2)."""
-    first = factors.groups[0].A
-    vectors = torch.zeros(factors.present.shape[0], first.shape[1], device=first.device)
-    for group in factors.groups:
-        for adapter in group.columns.tolist():
-            B = factors.folded_B(adapter).to(first.device)
-            vectors[adapter] = top_right_singular_vector(group.A, B).float()
-    return replace(factors, prototypes=vectors)
 
 
 def exact_norms(factors: LayerFactors, adapter: int, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, " tokens"]:

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from treadle.algebra import FP32_UNIT
 from treadle.routing.decision import settled
-from treadle.routing.factors import LayerFactors
+from treadle.routing.layer import RoutedLayer
 from treadle.routing.rows import check_rows, spread
-from treadle.routing.scorers import Scorer
 from treadle.routing.scores import Scores
+from treadle.routing.table import ScoreTable, latents, spread_out, squares
 
 
 @dataclass
@@ -37,12 +38,11 @@ class PromptTotals:
         zero = torch.zeros(counted.shape[0], adapters, dtype=torch.float64, device=counted.device)
         return PromptTotals(counted, zero, zero, zero, zero)
 
-    def add(self, scorer: Scorer, factors: LayerFactors, x: Tensor, settle: Tensor | None) -> None:
+    def add(self, layer: RoutedLayer, x: Tensor, settle: Tensor | None) -> None:
         """Add one layer's scores of its input x.
 
         Args:
-            scorer: whose scores.
-            factors: of the layer.
+            layer: whose scores.
             x: (rows, tokens, inner), or one vector a row, as a pooler sees it: there is no padding in those.
             settle: (rows, adapters), whose scores to take in float64 from the stored matrices; None for nobody's.
 
@@ -51,20 +51,21 @@ class PromptTotals:
         """
         rows, tokens = self.counted.shape
         if rows > 1:
-            check_rows(x, rows, (rows, tokens), factors.module)
+            check_rows(x, rows, (rows, tokens), layer.factors.module)
         flat = x.reshape(-1, x.shape[-1])
-        scores = scorer.scores(factors, flat, None)
-        parts = [scores.value.double(), scores.lower.double(), scores.upper.double()]
+        seen = flat.shape[0] // rows
+        mask = (self.counted if seen == tokens else torch.ones(rows, seen, dtype=torch.bool)).to(x.device)
+        there = (mask[:, :, None] & layer.eligible).sum(1)
         if settle is not None:
-            wanted = spread(settle.to(x.device), flat.shape[0]) & (parts[0] > -torch.inf)
-            parts = [settled(factors, flat, parts[0], wanted, calibrated=scorer.calibrated)] * 3
-        cubes = [part.reshape(rows, part.shape[0] // rows, part.shape[1]) for part in parts]
-        mask = self.counted if cubes[0].shape[1] == tokens else torch.ones_like(self.counted[:, :1])
-        there = (cubes[0] > -torch.inf) & mask.to(x.device)[:, :, None]
+            sums = [_settled(layer, flat, mask, settle.to(x.device))] * 3
+        elif layer.table is None:
+            sums = list(_plain(layer, flat, mask))
+        else:
+            sums = list(_bounds(layer, layer.table, flat, mask))
         home = self.counts.device
-        sums = [torch.where(there, cube, 0.0).sum(1).to(home) for cube in cubes]
+        sums = [torch.where(layer.eligible, part, 0.0).to(home) for part in sums]
         self.value, self.lower, self.upper = self.value + sums[0], self.lower + sums[1], self.upper + sums[2]
-        self.counts = self.counts + there.sum(1).to(home)
+        self.counts = self.counts + there.to(home)
 
     def means(self, permitted: Tensor | None) -> Scores:
         """Mean scores and their bounds, -inf for an adapter that is forbidden, or eligible nowhere."""
@@ -74,3 +75,51 @@ class PromptTotals:
             torch.where(allowed, part / number, -torch.inf) for part in (self.value, self.lower, self.upper)
         )
         return Scores(value, lower, upper)
+
+
+def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the counted tokens of each row: scores, lower and upper bounds, (rows, adapters) in float64.
+
+    A score is affine in the norm, so roots are summed first, by a product with the lengths, and scaled once a row.
+    """
+    rows, seen = mask.shape
+    low: list[Tensor] = []
+    high: list[Tensor] = []
+    for group, z in zip(table.groups, latents(table, flat), strict=True):
+        square, length = squares(group, z)
+        weight = (length.reshape(rows, 1, seen) * mask[:, None]).float()
+        for sums, slack in ((low, -group.slack), (high, group.slack)):
+            roots = (square + slack).clamp_min_(0.0).sqrt_()
+            sums.append(torch.bmm(weight, roots.reshape(rows, seen, -1)).squeeze(1))
+    number = mask.sum(1, keepdim=True)
+    scale, centre = table.scale.double(), table.centre.double()
+    lower, upper = (spread_out(table, sums).double() * scale for sums in (low, high))
+    shift = number * centre
+    # The sum over tokens, the table's own numbers and the roots round in float32.
+    rounding = (seen + 16) * FP32_UNIT * (upper + shift.abs())
+    bounds = (0.5 * (lower + upper) - shift, lower - shift - rounding, upper - shift + rounding)
+    if table.doubtful is None:
+        return bounds
+    exact = _plain(layer, flat, mask)
+    return tuple(torch.where(table.doubtful, one, two) for one, two in zip(exact, bounds, strict=True))  # type: ignore[return-value]
+
+
+def _plain(layer: RoutedLayer, flat: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same sums from the scorer's own scores, token by token."""
+    scores = layer.scorer.scores(layer.factors, flat, None)
+    value, lower, upper = (_summed(part.double(), mask) for part in (scores.value, scores.lower, scores.upper))
+    return value, lower, upper
+
+
+def _settled(layer: RoutedLayer, flat: Tensor, mask: Tensor, settle: Tensor) -> Tensor:
+    """The sums of the wanted scores in float64 from the stored matrices; of the others, of no use."""
+    assert layer.form is not None, "scores without bounds are never disputed"
+    wanted = spread(settle, flat.shape[0]) & layer.eligible
+    return _summed(
+        settled(layer.factors, flat, torch.zeros(wanted.shape).double().to(flat.device), wanted, layer.form), mask
+    )
+
+
+def _summed(part: Tensor, mask: Tensor) -> Tensor:
+    cube = part.reshape(*mask.shape, part.shape[1])
+    return torch.where(mask[:, :, None] & (cube > -torch.inf), cube, 0.0).sum(1)

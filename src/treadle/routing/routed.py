@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +17,17 @@ from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
-from treadle.routing.decision import BASE, Decision, contenders, decide, ranked
-from treadle.routing.factors import LayerFactors, with_prototypes
-from treadle.routing.mixture import Mixture, act, mixture
+from treadle.routing.decision import Decision, Mixture, contenders, ranked
+from treadle.routing.latents import Latents
+from treadle.routing.layer import Choice, Composition, RoutedLayer
+from treadle.routing.mixture import mixture
 from treadle.routing.prompt import PromptTotals
 from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
+from treadle.routing.running import EvidencePass, RunningSums, counted_tokens, sums_of
 from treadle.routing.scorers import SCORERS, Scorer
 from treadle.routing.trace import Trace
 
-Granularity = Literal["token", "sequence"]
-
-
-class RoutedLayer(nn.Module):
-    """One layer's factors and the lora_B it has used; moves between devices, never between dtypes."""
-
-    def __init__(self, factors: LayerFactors) -> None:
-        super().__init__()
-        self.factors = factors
-        self._matrices: dict[int, Tensor] = {}
-
-    def matrix(self, adapter: int) -> Tensor:
-        """The adapter's folded B on the layer's device, read once."""
-        if adapter not in self._matrices:
-            with torch.inference_mode(False):  # what is kept must also serve a later call that needs gradients
-                self._matrices[adapter] = self.factors.folded_B(adapter).to(self.factors.present.device)
-        return self._matrices[adapter]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLayer":
-        """Follow the model to another device; scores stay in float32 when the model turns to bfloat16."""
-        device = fn(torch.empty(0, device=self.factors.present.device)).device
-        self.factors = self.factors.to(device)
-        self._matrices = {adapter: B.to(device) for adapter, B in self._matrices.items()}
-        return self
+Granularity = Literal["token", "evidence", "layer", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +36,13 @@ class _Acting:
 
     Attributes:
         permitted: (rows, adapters), None for all.
-        chosen: (rows,) one adapter a row for all layers; None lets every layer decide.
+        chosen: who acts on a row at all layers; None lets every layer decide.
         real: (rows, tokens) of the prompt, False on padding.
         uniform: whether all rows are treated alike.
     """
 
     permitted: Tensor | None
-    chosen: Tensor | None
+    chosen: Mixture | None
     real: Tensor
     uniform: bool
 
@@ -87,11 +66,15 @@ class _Current:
         owner: the model that began it; another model's hooks on the same base stay silent.
         task: acting or reading.
         batch: (rows, tokens) of the base's latest input, beams included.
+        evidence: what that input adds to the running sums.
+        blocks: block → who acts on each token, once its first layer has chosen.
     """
 
     owner: "RoutedModel"
     task: _Acting | _Reading
     batch: tuple[int, int]
+    evidence: EvidencePass | None = None
+    blocks: dict[str, Mixture] = field(default_factory=dict[str, Mixture])
 
 
 # Of a thread or task, not of a model: a caller's rights must never reach another caller's pass.
@@ -108,10 +91,15 @@ class RoutedModel(nn.Module):
     Args:
         model: the base that the bank was built for: causal LM, encoder, or encoder–decoder; put into eval mode.
         bank: the adapters.
-        scorer: "zscore" (SEQR's), "norm" (its raw objective), or the baselines "arrow" and "mean".
-        granularity: "token", the article's choice a token and layer; or "sequence": the base reads the prompt once,
-            the mean score over its tokens and all layers chooses one adapter, which then acts everywhere. The
-            scorer "mean" chooses nothing, so it is always "token".
+        scorer: "seqr" (the article's), or another of `scorers.SCORERS`.
+        granularity: "token": the article's choice a token and layer. "layer": the first adapted layer of a block
+            chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
+            pass whose sums travel with the KV cache; decoders only. "sequence": the base reads the prompt once, the
+            mean score over its tokens and all layers chooses one adapter, which then acts everywhere. The scorer
+            "mean" chooses nothing, so it is always "token".
+        top_k: how many of the best permitted adapters act, 0 for all; None for what the scorer's article does.
+        temperature: of the softmax over their scores, above 0.
+        memory: bytes of lora_B held at once, at least those of one adapter.
 
     Raises:
         InputError: an unknown setting, or z-scores on a bank without calibration.
@@ -125,14 +113,23 @@ class RoutedModel(nn.Module):
         model: PreTrainedModel,
         bank: AdapterBank,
         *,
-        scorer: str = "zscore",
+        scorer: str = "seqr",
         granularity: Granularity = "sequence",
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        memory: int = 2**30,
     ) -> None:
         super().__init__()
         if scorer not in SCORERS:
             raise InputError(f"no such scorer {scorer!r}", remedy=f"choose among {', '.join(SCORERS)}")
-        if granularity not in ("token", "sequence"):
-            raise InputError(f"no such granularity {granularity!r}", remedy="choose token or sequence")
+        if granularity not in get_args(Granularity):
+            raise InputError(
+                f"no such granularity {granularity!r}", remedy=f"choose among {', '.join(get_args(Granularity))}"
+            )
+        if granularity == "evidence" and (model.config.is_encoder_decoder or not model.can_generate()):
+            raise InputError("`evidence` needs a causal decoder", remedy="use granularity 'sequence'")
+        if (top_k is not None and top_k < 0) or temperature <= 0:
+            raise InputError("top_k must be 0 or more and temperature above 0", remedy="leave them out")
         if SCORERS[scorer].calibrated and bank.statistics is None:
             raise InputError("the bank is not calibrated", remedy="calibrate it, or use scorer 'norm'")
         bank.check_model(model)
@@ -140,19 +137,27 @@ class RoutedModel(nn.Module):
         self.bank = bank
         self.scorer: Scorer = SCORERS[scorer]
         self.granularity: Granularity = granularity if scorer != "mean" else "token"
-        factors = bank.layers if scorer != "arrow" else {m: with_prototypes(f) for m, f in bank.layers.items()}
-        targets = adapted_layers(model, {module: layer.shape for module, layer in factors.items()})
-        layers = [RoutedLayer(layer.to(_device(targets[module]))) for module, layer in factors.items()]
+        self.composition = Composition(self.scorer.top_k if top_k is None else top_k, temperature)
+        targets = adapted_layers(model, {module: layer.shape for module, layer in bank.layers.items()})
+        slots = _slots(bank, memory)
+        layers = [
+            RoutedLayer(layer.to(_device(targets[module])), self.scorer, slots=slots)
+            for module, layer in bank.layers.items()
+        ]
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
         self._of_prompt = prompt_modules(model, targets)
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
-        self._watch = model.register_forward_pre_hook(self._watched, with_kwargs=True)
+        self._watches = (
+            model.register_forward_pre_hook(self._watched, with_kwargs=True),
+            model.register_forward_hook(self._finished, with_kwargs=True),
+        )
 
     def unwrap(self) -> PreTrainedModel:
         """The base model, without a trace of the bank; this object is of no use afterwards."""
         self._attachment.remove()
-        self._watch.remove()
+        for watch in self._watches:
+            watch.remove()
         return self.model
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -203,18 +208,21 @@ class RoutedModel(nn.Module):
 
         def totals(settle: Tensor | None) -> PromptTotals:
             found = PromptTotals.empty(mask, len(self.bank.names))
-            self.read(input_ids, attention, lambda layer, x: found.add(self.scorer, layer.factors, x, settle))
+            self.read(input_ids, attention, lambda layer, x: found.add(layer, x, settle))
             return found
 
         first = totals(None)
         scores = first.means(permitted)
         rivals = contenders(scores)
-        disputed = (rivals.sum(1) > 1) & (self.scorer.mixed is None)
+        disputed = (rivals.sum(1) > 1) & (self.scorer.form is not None)
         value = scores.value
         if bool(disputed.any()):
             rivals &= disputed[:, None]
             value = torch.where(rivals, totals(rivals).means(permitted).value, value)
         decision = ranked(value, disputed)
+        if self.composition.mixes:
+            together = mixture(value, self.composition.top_k, self.composition.temperature)
+            decision = replace(decision, together=together)
         if self._trace is not None:
             self._trace.choose(decision)
         return decision
@@ -321,10 +329,10 @@ class RoutedModel(nn.Module):
         winner = chosen.winner.to(ids.device)
         if winner.shape != ids.shape[:1] or bool((winner >= len(self.bank.names)).any()):
             raise InputError("`chosen` is of another batch or bank", remedy="pass choose() of these rows")
+        acting = chosen.mixture.to(ids.device)
         if permitted is not None:  # a choice made under other rights does not outlive them
-            kept = permitted.gather(1, winner.clamp_min(0)[:, None]).squeeze(1)
-            winner = torch.where(kept, winner, BASE)
-        return _Acting(permitted, winner, real.bool(), alike(winner))
+            acting = acting.narrowed(permitted)
+        return _Acting(permitted, acting, real.bool(), alike(acting.adapter))
 
     @contextlib.contextmanager
     def _during(self, task: _Acting | _Reading, ids: Tensor) -> Iterator[None]:
@@ -337,44 +345,102 @@ class RoutedModel(nn.Module):
     def _watched(self, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, object]) -> None:
         """Note the shape of what the base is about to read: `generate` multiplies rows and shortens steps."""
         current = _CURRENT.get()
-        given = [*inputs, named.get("input_ids"), named.get("inputs_embeds")]
-        ids = next((value for value in given if isinstance(value, Tensor)), None)
-        if current is not None and current.owner is self and ids is not None:
-            current.batch = (ids.shape[0], ids.shape[1])
+        if current is None or current.owner is not self:
+            return
+        ids, embedded = (*inputs, named.get("input_ids"))[0], named.get("inputs_embeds")
+        given = next((value for value in (ids, embedded) if isinstance(value, Tensor)), None)
+        if given is None:
+            return
+        current.batch = (given.shape[0], given.shape[1])
+        current.blocks = {}
+        if self.granularity == "evidence" and isinstance(current.task, _Acting) and current.task.chosen is None:
+            cache, attention = named.get("past_key_values"), named.get("attention_mask")
+            before = sums_of(cache) if isinstance(cache, Cache) else None
+            if before is None and _cached_length(cache) > 0:
+                raise InputError("this cache holds no evidence", remedy="fill it through the routed model")
+            ignored = self.bank.statistics.ignored_tokens if self.bank.statistics else ()
+            mask = counted_tokens(
+                ids if isinstance(ids, Tensor) else None,
+                attention if isinstance(attention, Tensor) else None,
+                current.batch,
+                ignored,
+                given.device,
+            )
+            current.evidence = EvidencePass(before or RunningSums(given.shape[0], given.device), mask)
+
+    def _finished(self, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, object], outputs: object) -> None:
+        """Let the running sums travel with the cache that the base has filled."""
+        current = _CURRENT.get()
+        if current is None or current.owner is not self or current.evidence is None:
+            return
+        sums, current.evidence = current.evidence.end(), None
+        cache = getattr(outputs, "past_key_values", None)
+        if isinstance(cache, Cache) and sums_of(cache) is None:
+            cache.layers.append(sums)
 
     def _delta(self, layer: RoutedLayer) -> Delta:
         def delta(x: Tensor) -> Tensor | None:
             current = _CURRENT.get()
             if current is None or current.owner is not self:
                 return None
-            flat = x.reshape(-1, x.shape[-1])
             with torch.autocast(x.device.type, enabled=False):
                 if isinstance(current.task, _Reading):
                     current.task.note(layer, x)
                     return None
+                flat = x.reshape(-1, x.shape[-1])
                 with torch.no_grad():
-                    mixed = self._mixture(layer, x, current.task, current.batch)
-                added = act(layer.factors, layer.matrix, flat, mixed)
+                    choice = self._choice(layer, x, current, current.task)
+                added = layer.added(flat, choice)
                 return None if added is None else added.reshape(*x.shape[:-1], added.shape[1])
 
         return delta
 
-    def _mixture(self, layer: RoutedLayer, x: Tensor, task: _Acting, batch: tuple[int, int]) -> Mixture:
+    def _choice(self, layer: RoutedLayer, x: Tensor, current: _Current, task: _Acting) -> Choice:
         """Who acts on each token of this layer, and how much."""
         module, flat = layer.factors.module, x.reshape(-1, x.shape[-1])
         if not task.uniform:
-            check_rows(x, task.real.shape[0], batch, module)
+            check_rows(x, task.real.shape[0], current.batch, module)
         if task.chosen is not None:
-            return Mixture.of(spread(task.chosen.to(x.device), flat.shape[0]))
+            return layer.acting(flat, task.chosen.spread(flat.shape[0]))
+        block = _block_of(module)
+        if self.granularity == "layer" and block in current.blocks:
+            return layer.acting(flat, current.blocks[block])
         permitted = None if task.permitted is None else spread(task.permitted.to(x.device), flat.shape[0])
-        scores = self.scorer.scores(layer.factors, flat, permitted)
-        if self.scorer.mixed is not None:
-            return mixture(scores.value, self.scorer.mixed)
-        decision = decide(layer.factors, flat, scores, calibrated=self.scorer.calibrated)
-        trace = self._trace
-        if trace is not None:
-            trace.record(module, decision, real_tokens(x, task.real if module in self._of_prompt else None, batch))
-        return Mixture.of(decision.winner)
+        if current.evidence is not None:
+            choice = self._by_evidence(layer, flat, current.evidence, permitted)
+        else:
+            choice = layer.choose(flat, permitted, self.composition, explained=self._trace is not None)
+        if self.granularity == "layer":
+            current.blocks[block] = choice.mixture
+        if self._trace is not None and choice.decision is not None:
+            real = real_tokens(x, task.real if module in self._of_prompt else None, current.batch)
+            self._trace.record(module, choice.decision, real)
+        return choice
+
+    def _by_evidence(
+        self, layer: RoutedLayer, flat: Tensor, evidence: EvidencePass, permitted: Tensor | None
+    ) -> Choice:
+        scores = evidence.add(layer.factors.module, layer.scored(flat), layer.eligible)
+        if permitted is not None:
+            scores = scores.masked_fill(~permitted, -torch.inf)
+        latents = Latents(flat, layer.factors)
+        if self.composition.mixes:
+            return Choice(mixture(scores, self.composition.top_k, self.composition.temperature), latents, None)
+        decision = ranked(scores, torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device))
+        return Choice(Mixture.of(decision.winner), latents, decision)
+
+
+def _slots(bank: AdapterBank, memory: int) -> int:
+    """How many adapters' lora_B each layer may hold: all of them, or as many as fit into `memory` bytes, at least 1."""
+    one = 4 * sum(factors.rank * factors.shape.out_features for factors in bank.layers.values())
+    return max(1, min(len(bank.names), memory // one))
+
+
+def _block_of(module: str) -> str:
+    """The numbered block that a layer belongs to; a layer outside of every block is one of its own."""
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else module
 
 
 def _device(layer: nn.Module) -> torch.device:

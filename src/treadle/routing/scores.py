@@ -1,4 +1,4 @@
-"""Scores with certain bounds: what every norm-based scorer computes at one layer."""
+"""Scores of one layer: an affine function of ‖B A x‖ with certain bounds, or any other number without."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,21 @@ from torch import Tensor
 
 from treadle.algebra import FP64_UNIT
 from treadle.routing.factors import LayerFactors, scaled_norms
+
+
+@dataclass(frozen=True)
+class NormScore:
+    """The score ‖B_i A_i x‖ / unit_i − centre_i of every adapter i at one layer; what the exact argmax works on.
+
+    Attributes:
+        unit: (adapters,) above 0 where eligible, float64.
+        centre: (adapters,) float64, already divided by the unit.
+        eligible: (adapters,), who may be chosen at all.
+    """
+
+    unit: Float[Tensor, " adapters"]
+    centre: Float[Tensor, " adapters"]
+    eligible: Bool[Tensor, " adapters"]
 
 
 @dataclass(frozen=True)
@@ -25,23 +40,18 @@ class Scores:
     upper: Float[Tensor, "tokens adapters"]
 
 
-def standardised_norms(
-    factors: LayerFactors,
-    x: Float[Tensor, "tokens inner"],
-    allowed: Bool[Tensor, "tokens adapters"],
-    *,
-    mean: Float[Tensor, " adapters"],
-    std: Float[Tensor, " adapters"],
+def bounded(
+    factors: LayerFactors, x: Float[Tensor, "tokens inner"], form: NormScore, allowed: Bool[Tensor, "tokens adapters"]
 ) -> Scores:
-    """(‖B_i A_i x‖ − mean_i)/std_i with bounds, in float64; `allowed` masks before anything is compared."""
-    value, lower, upper = scaled_norms(factors, x, std)
-    centre, forbidden = mean / std, ~allowed
+    """‖B_i A_i x‖ / unit_i − centre_i with bounds, in float64; `allowed` masks before anything is compared."""
+    value, lower, upper = scaled_norms(factors, x, form.unit)
+    forbidden = ~allowed
     # Root, scale, quotients and difference round a few times each, on the value and on its bounds alike.
-    rounding = 16.0 * FP64_UNIT * (upper + centre.abs())
+    rounding = 16.0 * FP64_UNIT * (upper + form.centre.abs())
     return Scores(
-        (value - centre).masked_fill(forbidden, -torch.inf),
-        (lower - centre - rounding).masked_fill(forbidden, -torch.inf),
-        (upper - centre + rounding).masked_fill(forbidden, -torch.inf),
+        (value - form.centre).masked_fill(forbidden, -torch.inf),
+        (lower - form.centre - rounding).masked_fill(forbidden, -torch.inf),
+        (upper - form.centre + rounding).masked_fill(forbidden, -torch.inf),
     )
 
 

@@ -128,7 +128,7 @@ def test_exactness_finds_no_wrong_decision_in_fp32_and_bf16(fleet_run: FleetRun,
     config = RoutingExactnessRun(fleet=fleet_run, decisions=2_000, quick_decisions=1_000)
     result = routing_exactness(config, quick=True, work=tmp_path)
     assert {(row["scorer"], row["dtype"]) for row in result.rows} == {
-        (scorer, dtype) for scorer in ("zscore", "norm") for dtype in ("float32", "bfloat16")
+        (scorer, dtype) for scorer in ("seqr", "norm") for dtype in ("float32", "bfloat16")
     }
     assert result.metrics["wrong_decisions"].value == 0
     assert result.metrics["wrong_decisions"].holds is True

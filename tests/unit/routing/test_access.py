@@ -58,12 +58,12 @@ def poisoned_layer(factors: LayerFactors, value: float) -> LayerFactors:
     return replace(factors, groups=tuple(groups), mean=mean, std=std, folded_B=folded_B)
 
 
-def with_poisoned_prototypes(model: RoutedModel, value: float) -> RoutedModel:
+def with_poisoned_directions(model: RoutedModel, value: float) -> RoutedModel:
     for layer in model.layers.values():
-        if layer.factors.prototypes is not None:
-            prototypes = layer.factors.prototypes.clone()
-            prototypes[list(FORBIDDEN)] = value
-            layer.factors = replace(layer.factors, prototypes=prototypes)
+        if layer.factors.directions is not None:
+            directions = layer.factors.directions.clone()
+            directions[list(FORBIDDEN)] = value
+            layer.factors = replace(layer.factors, directions=directions)
     return model
 
 
@@ -84,8 +84,8 @@ def test_poison_in_forbidden_adapters_changes_no_bit(
     expected = everything(clean)
     clean.unwrap()
     for value in (torch.nan, torch.inf, -torch.inf, 1e30, 0.0):
-        if scorer == "arrow":  # its prototypes are made of B when the model is wrapped, so they are poisoned after
-            model = with_poisoned_prototypes(
+        if scorer == "arrow":  # its directions are made of B when the model is wrapped, so they are poisoned after
+            model = with_poisoned_directions(
                 RoutedModel(tiny_llama, bank, scorer=scorer, granularity=granularity), value
             )
         else:
@@ -106,7 +106,7 @@ def test_poison_in_permitted_adapters_is_felt(
     expected = clean(IDS).logits
     clean.unwrap()
     if scorer == "arrow":
-        model = with_poisoned_prototypes(RoutedModel(tiny_llama, bank, scorer=scorer, granularity=granularity), 1e30)
+        model = with_poisoned_directions(RoutedModel(tiny_llama, bank, scorer=scorer, granularity=granularity), 1e30)
     else:
         model = RoutedModel(tiny_llama, poisoned(bank, 1e30), scorer=scorer, granularity=granularity)
     assert not torch.equal(model(IDS).logits, expected)

@@ -16,7 +16,7 @@ from treadle.routing.bank import AdapterBank
 from treadle.routing.decision import decide
 from treadle.routing.factors import build_factors
 from treadle.routing.routed import RoutedModel
-from treadle.routing.scorers import SCORERS
+from treadle.routing.scorers import SCORERS, norm
 
 IDS = torch.tensor([[1, 40, 41, 42, 43], [1, 60, 61, 62, 63]])
 
@@ -111,7 +111,7 @@ def test_a_bank_of_strangers_is_decided_exactly(make: SimpleNamespace, tiny_llam
         having = [i for i, adapter in enumerate(strangers) if module in adapter.plan.modules]
         assert [group.columns.tolist() for group in factors.groups] == [[i] for i in having]
         x = torch.randn(200, factors.shape.in_features)
-        decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), calibrated=False)
+        decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), norm.form(factors))
         norms = torch.full((200, 2), -1.0).double()
         for i in having:
             adapter = strangers[i]

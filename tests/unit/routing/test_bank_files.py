@@ -33,7 +33,7 @@ def folder(bank: AdapterBank, tmp_path: Path) -> Path:
     return tmp_path / "bank"
 
 
-def answers(model: LlamaForCausalLM, bank: AdapterBank, scorer: str = "zscore") -> tuple[torch.Tensor, str]:
+def answers(model: LlamaForCausalLM, bank: AdapterBank, scorer: str = "seqr") -> tuple[torch.Tensor, str]:
     routed = RoutedModel(model, bank, granularity="token", scorer=scorer)
     with routed.trace() as trace:
         logits = routed(IDS).logits
@@ -49,7 +49,7 @@ def adapter_file(folder: Path, name: str) -> Path:
     return next((folder / "adapters").glob(f"{name}-*.safetensors"))
 
 
-@pytest.mark.parametrize("scorer", ["zscore", "norm", "arrow"])
+@pytest.mark.parametrize("scorer", ["seqr", "norm", "arrow"])
 def test_a_round_trip_changes_no_bit(
     scorer: str, bank: AdapterBank, folder: Path, tiny_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.plan import LayerShape, RankPlan
-from treadle.routing.decision import BASE, TIE, decide, ranked
+from treadle.routing.decision import BASE, TIE, Mixture, decide, ranked
 from treadle.routing.factors import (
     LayerFactors,
     build_factors,
@@ -15,10 +15,11 @@ from treadle.routing.factors import (
     exact_norms,
     scaled_norms,
     triangles,
-    with_prototypes,
 )
-from treadle.routing.mixture import Mixture, act, mixture
-from treadle.routing.scorers import SCORERS
+from treadle.routing.latents import Latents
+from treadle.routing.mixture import act, mixture
+from treadle.routing.pool import MatrixPool
+from treadle.routing.scorers import SCORERS, arrow, norm, seqr
 from treadle.routing.scores import Scores
 
 INF = torch.inf
@@ -64,13 +65,13 @@ def test_disputes_are_settled_by_the_stored_matrices() -> None:
     norms = torch.stack([exact_norms(factors, i, x) for i in range(4)], 1)
     lying = -norms
     everything = Scores(lying, torch.full_like(norms, -1e9), torch.full_like(norms, 1e9))
-    decision = decide(factors, x, everything, calibrated=False)
+    decision = decide(factors, x, everything, norm.form(factors))
     assert torch.equal(decision.winner, norms.argmax(1))
     assert decision.rescored.all()
     certain = Scores(lying, lying, lying)
-    assert torch.equal(decide(factors, x, certain, calibrated=False).winner, norms.argmin(1))
+    assert torch.equal(decide(factors, x, certain, norm.form(factors)).winner, norms.argmin(1))
     means = calibrated(factors, {"mean": norms.mean(0), "std": norms.std(0)})
-    decision = decide(means, x, everything, calibrated=True)
+    decision = decide(means, x, everything, seqr.form(means))
     assert torch.equal(decision.winner, ((norms - norms.mean(0)) / norms.std(0)).argmax(1))
 
 
@@ -85,7 +86,7 @@ def test_forbidden_adapters_are_not_even_rescored() -> None:
     permitted = torch.tensor([True, True, False, True]).expand(5, -1)
     scores = SCORERS["norm"].scores(factors, x, permitted)
     wide = replace(scores, lower=scores.lower - 1e3, upper=scores.upper + 1e3)
-    decision = decide(replace(factors, folded_B=folded_B), x, wide, calibrated=False)
+    decision = decide(replace(factors, folded_B=folded_B), x, wide, norm.form(factors))
     assert not (decision.winner == 2).any()
 
 
@@ -132,14 +133,14 @@ def test_lowered_matmul_precision_does_not_lower_the_bounds(setting: str) -> Non
 
 def test_prototypes_are_the_directions_that_grow_most() -> None:
     adapters, factors = layer()
-    found = with_prototypes(factors).prototypes
+    found = arrow.prepare(factors).directions
     assert found is not None
     for i, adapter in enumerate(adapters):
         expected = torch.linalg.svd(adapter.folded_B("m") @ adapter.lora_A["m"]).Vh[0]
-        assert abs(float(found[i] @ expected)) == pytest.approx(1.0, abs=1e-5)
+        assert abs(float(found[i, 0] @ expected)) == pytest.approx(1.0, abs=1e-5)
     x = torch.randn(6, 10)
-    scores = SCORERS["arrow"].scores(with_prototypes(factors), x, None)
-    assert torch.allclose(scores.value, (x @ found.T).abs())
+    scores = SCORERS["arrow"].scores(arrow.prepare(factors), x, None)
+    assert torch.allclose(scores.value, (x @ found[:, 0].T).abs())
 
 
 def test_mixtures() -> None:
@@ -154,22 +155,32 @@ def test_mixtures() -> None:
     assert mixture(scores[:, :1], 3).adapter.shape == (3, 1)
 
 
-def test_acting() -> None:
+def acted(factors: LayerFactors, x: torch.Tensor, chosen: Mixture, *, slots: int = 4) -> torch.Tensor | None:
+    device = torch.device("cpu")
+    pool = MatrixPool(factors.folded_B, rank=factors.rank, out=factors.shape.out_features, slots=slots, device=device)
+    return act(pool, Latents(x, factors), chosen)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_acting(slots: int, gradients: bool) -> None:
     adapters, factors = layer()
     x = torch.randn(3, 10)
     updates = [a.folded_B("m") @ a.lora_A["m"] for a in adapters]
-    alone = act(factors, factors.folded_B, x, Mixture.of(torch.tensor([2, BASE, 0])))
+    torch.set_grad_enabled(gradients)
+    alone = acted(factors, x, Mixture.of(torch.tensor([2, BASE, 0])), slots=slots)
     assert alone is not None
     assert torch.allclose(alone[0], updates[2] @ x[0], atol=1e-5)
     assert not alone[1].any()
     assert torch.allclose(alone[2], updates[0] @ x[2], atol=1e-5)
     weight = torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
-    mixed = act(factors, factors.folded_B, x, Mixture(torch.tensor([[0, 1], [3, BASE], [2, 3]]), weight))
+    mixed = acted(factors, x, Mixture(torch.tensor([[0, 1], [3, BASE], [2, 3]]), weight), slots=slots)
+    torch.set_grad_enabled(True)
     assert mixed is not None
     assert torch.allclose(mixed[0], (0.25 * updates[0] + 0.75 * updates[1]) @ x[0], atol=1e-5)
     assert torch.allclose(mixed[1], updates[3] @ x[1], atol=1e-5)
-    assert act(factors, factors.folded_B, x, Mixture.of(torch.full((3,), BASE))) is None
-    assert act(factors, factors.folded_B, x[:0], Mixture.of(torch.zeros(0, dtype=torch.long))) is None
+    assert acted(factors, x, Mixture.of(torch.full((3,), BASE))) is None
+    assert acted(factors, x[:0], Mixture.of(torch.zeros(0, dtype=torch.long))) is None
 
 
 def test_the_mean_divides_by_all_that_are_permitted() -> None:
@@ -177,7 +188,7 @@ def test_the_mean_divides_by_all_that_are_permitted() -> None:
     x = torch.randn(2, 10)
     permitted = torch.tensor([[True, True, False, False], [True, True, True, True]])
     chosen = mixture(SCORERS["mean"].scores(factors, x, permitted).value, 0)
-    added = act(factors, factors.folded_B, x, chosen)
+    added = acted(factors, x, chosen)
     assert added is not None
     updates = torch.stack([a.folded_B("m") @ a.lora_A["m"] for a in adapters])
     assert torch.allclose(added[0], updates[:2].mean(0) @ x[0], atol=1e-5)
@@ -187,17 +198,17 @@ def test_the_mean_divides_by_all_that_are_permitted() -> None:
 def test_a_layer_no_permitted_adapter_has_is_left_to_the_base() -> None:
     _, factors = layer()
     nobody = torch.zeros(2, 4, dtype=torch.bool)
-    for name in ("norm", "zscore", "mean"):
+    for name in ("norm", "seqr", "mean"):
         scores = SCORERS[name].scores(factors, torch.randn(2, 10), nobody)
         assert (scores.value == -INF).all()
-    decision = decide(factors, torch.randn(2, 10), scores, calibrated=False)
+    decision = decide(factors, torch.randn(2, 10), scores, norm.form(factors))
     assert decision.winner.tolist() == [BASE, BASE]
 
 
 def test_zero_tokens() -> None:
     _, factors = layer()
     x = torch.randn(0, 10)
-    decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), calibrated=False)
+    decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), norm.form(factors))
     assert decision.winner.shape == decision.margin.shape == (0,)
 
 
@@ -205,6 +216,6 @@ def test_not_a_number_is_left_to_the_base() -> None:
     _, factors = layer()
     x = torch.randn(2, 10)
     x[0, 0] = torch.nan
-    decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), calibrated=False)
+    decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), norm.form(factors))
     assert decision.winner[0] == BASE
     assert decision.winner[1] != BASE

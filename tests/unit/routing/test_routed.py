@@ -23,12 +23,12 @@ from transformers import (
 
 from treadle.errors import InputError, MismatchError, UnsupportedError
 from treadle.family.injection import inject, linear_shapes
+from treadle.routing import prompt as prompt_sums
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import PublicCalibration
 from treadle.routing.decision import BASE
 from treadle.routing.routed import RoutedModel
 from treadle.routing.rows import left_padded
-from treadle.routing.scores import Scores
 
 GRANULARITIES = ["token", "sequence"]
 PROMPTS = [[1, 40, 41, 42, 43, 44, 45], [1, 60, 61], [1, 80, 81, 82, 83]]
@@ -58,7 +58,7 @@ def extra(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"decoder_input_ids": torch.tensor([[0, 50, 51]])} if model.config.is_encoder_decoder else {}
 
 
-def route(model: PreTrainedModel, bank: AdapterBank, granularity: Any, scorer: str = "zscore") -> RoutedModel:
+def route(model: PreTrainedModel, bank: AdapterBank, granularity: Any, scorer: str = "seqr") -> RoutedModel:
     return RoutedModel(model, bank, granularity=granularity, scorer=scorer)
 
 
@@ -99,7 +99,7 @@ def test_with_gpt2_and_t5_generation_is_that_adapters_too(
         assert torch.equal(routed, alone)
 
 
-@pytest.mark.parametrize("scorer", ["zscore", "norm", "arrow", "mean"])
+@pytest.mark.parametrize("scorer", ["seqr", "norm", "arrow", "mean"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_is_its_rows_one_at_a_time(
@@ -285,7 +285,8 @@ def test_factors_keep_their_dtypes_in_bfloat16(
     for layer in model.layers.values():
         assert all(group.grams.dtype == group.A.dtype == torch.float32 for group in layer.factors.groups)
         assert layer.factors.mean.dtype == torch.float64
-        assert all(layer.matrix(i).dtype == torch.float32 for i in range(4))
+        with layer.pool.rows([0]) as (rows, _):
+            assert rows.dtype == torch.float32
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
@@ -496,7 +497,10 @@ def test_every_linear_layer_of_the_trunk_may_be_routed(base: PreTrainedModel, ma
 
 
 def test_a_disputed_choice_is_settled_in_float64(
-    tiny_llama: LlamaForCausalLM, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+    tiny_llama: LlamaForCausalLM,
+    make: SimpleNamespace,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the float32 values claim, if their bounds leave room for doubt."""
     bank = make.bank(tiny_llama, tiny_tokenizer)
@@ -504,14 +508,13 @@ def test_a_disputed_choice_is_settled_in_float64(
     ids, mask = padded(PROMPTS, "right")
     sets = [set(bank.names), {"alpha", "gamma"}, {"beta"}]
     expected = model.choose(ids, mask, permitted=sets)
-    honest = model.scorer.scores
+    honest = prompt_sums._bounds
 
-    def lying(factors: Any, x: torch.Tensor, permitted: torch.Tensor | None) -> Scores:
-        scores = honest(factors, x, permitted)
-        value = torch.where(scores.value > -torch.inf, -scores.value, -torch.inf)
-        return Scores(value, scores.lower - 1e3, scores.upper + 1e3)
+    def lying(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        value, lower, upper = honest(*given)
+        return -value, lower - 1e5, upper + 1e5  # the whole prompt's sums, in which eligible scores are finite
 
-    model.scorer = replace(model.scorer, scores=lying)
+    monkeypatch.setattr(prompt_sums, "_bounds", lying)
     with model.trace() as trace:
         found = model.choose(ids, mask, permitted=sets)
     assert torch.equal(found.winner, expected.winner)

@@ -38,7 +38,7 @@ def routing_exactness(
         rows = [
             _compare(fleet.bank, model, fleet.tokenizer, scorer, _Amount(str(model.dtype), wanted, progress))
             for model in (fleet.model, deepcopy(fleet.model).bfloat16())
-            for scorer in ("zscore", "norm")
+            for scorer in ("seqr", "norm")
         ]
     decisions, wrong = (sum(int(row[key]) for row in rows) for key in ("decisions", "wrong"))
     rescored = sum(int(row["rescored"]) for row in rows) / decisions
@@ -93,7 +93,7 @@ def _count(
     layers: Mapping[str, LayerFactors], inputs: Mapping[str, Tensor], trace: Trace, scorer: str, counts: dict[str, int]
 ) -> None:
     for module, factors in layers.items():
-        reference = brute_force(factors, inputs[module], calibrated=scorer == "zscore")
+        reference = brute_force(factors, inputs[module], calibrated=scorer == "seqr")
         winner = trace.layers[module][0].winner.flatten()
         best = reference.max(1).values
         slack = TIE * best.abs().clamp_min(1.0)

@@ -8,13 +8,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from treadle.routing.factors import LayerFactors
-from treadle.routing.scores import Scores
 
 
 def scores(
-    factors: LayerFactors, x: Float[Tensor, "tokens inner"], permitted: Bool[Tensor, "tokens adapters"] | None
-) -> Scores:
-    """0 for every permitted adapter, whether it has this layer or not, since the mean divides by all of them."""
-    value = torch.zeros(x.shape[0], factors.present.shape[0], device=x.device)
-    value = value if permitted is None else value.masked_fill(~permitted, -torch.inf)
-    return Scores(value, value, value)
+    factors: LayerFactors, x: Float[Tensor, "tokens inner"], allowed: Bool[Tensor, "tokens adapters"]
+) -> Float[Tensor, "tokens adapters"]:
+    """0 for every adapter."""
+    return torch.zeros(allowed.shape, device=x.device)
+
+
+def eligible(factors: LayerFactors) -> Bool[Tensor, " adapters"]:
+    """Everybody, whether it has this layer or not, since the mean divides by all of them."""
+    return torch.ones_like(factors.present)

@@ -1,0 +1,236 @@
+"""The fast road to the exact argmax: one product for all scores, and a certificate for the winner.
+
+    z   = A x                     float64, of the layer's actual input
+    q_i = ⟨φ(z/‖z‖), g_i⟩         float32, one GEMM of width r(r+1)/2, (tokens, adapters), nothing wider
+    U_i = √(q_i + e)·‖z‖·a_i − c_i    never below the true score, e the proven error of q
+    the largest U wins for certain where its lower bound clears the second largest U, and a tie with it
+
+Where it does not, `decision.decide` settles the token in float64. A table is built once; nothing in it changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from treadle.algebra import FP32_UNIT, squared_norm_error
+from treadle.routing.decision import BASE, TIE, Decision
+from treadle.routing.factors import Group, LayerFactors
+from treadle.routing.scores import NormScore
+
+ELEMENTS = 2**23
+"""Scores held at once; more tokens than fit are scored in turn."""
+
+_RANGE = (1e-25, 1e25)  # of scales and centres whose float32 arithmetic neither under- nor overflows
+
+
+@dataclass(frozen=True)
+class TableGroup:
+    """A group of adapters with one A, laid out for the product.
+
+    Attributes:
+        columns: their places in the bank; None where they are the whole bank in order.
+        A: (rank, inner), float64.
+        pairs: (2, pairs), which entries of z each product takes.
+        grams: (members, pairs), float32, as in `Group`.
+        slack: bound of the error of q.
+    """
+
+    columns: Int[Tensor, " members"] | None
+    A: Float[Tensor, "rank inner"]
+    pairs: Int[Tensor, "2 pairs"]
+    grams: Float[Tensor, "members pairs"]
+    slack: float
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """What the scores of a scorer of the norm need at one layer; ineligible adapters have scale 0 and centre +inf.
+
+    Attributes:
+        groups: laid out.
+        scale: (adapters,), ‖B‖_F / unit, float32.
+        centre: (adapters,), float32.
+        slack: (adapters,), of each one's group, float64.
+        doubtful: (adapters,), whose numbers are beyond what float32 can be trusted with; None where nobody's are.
+        widest: the largest abs(centre) of the eligible.
+    """
+
+    groups: tuple[TableGroup, ...]
+    scale: Float[Tensor, " adapters"]
+    centre: Float[Tensor, " adapters"]
+    slack: Float[Tensor, " adapters"]
+    doubtful: Bool[Tensor, " adapters"] | None
+    widest: float
+
+
+@dataclass(frozen=True)
+class Leaders:
+    """The leading adapters of each token.
+
+    Attributes:
+        winner: place in the bank, `BASE` where nobody permitted is eligible.
+        certain: whether the winner is proven; float64 has to settle the others.
+        latents: z of each group, (tokens, rank) in float64.
+        upper: the two largest upper bounds, or one where the bank has one adapter.
+        place: whose they are.
+        length: ‖z‖ of each token under the A of those two, (tokens, 2).
+    """
+
+    winner: Int[Tensor, " tokens"]
+    certain: Bool[Tensor, " tokens"]
+    latents: tuple[Float[Tensor, "tokens _"], ...]
+    upper: Float[Tensor, "tokens best"]
+    place: Int[Tensor, "tokens best"]
+    length: Float[Tensor, "tokens best"]
+
+
+def score_table(factors: LayerFactors, form: NormScore) -> ScoreTable:
+    """The table of one layer for the scores of this form."""
+    count, device = form.eligible.shape[0], form.eligible.device
+    scale = torch.zeros(count, dtype=torch.float64, device=device)
+    slack = torch.zeros_like(scale)
+    for group in factors.groups:
+        scale[group.columns] = group.norms / form.unit[group.columns]
+        slack[group.columns] = squared_norm_error(group.A.shape[0])
+    scale = torch.where(form.eligible, scale, 0.0)
+    centre = torch.where(form.eligible, form.centre, torch.inf)
+    low, high = _RANGE
+    trusted = ((scale == 0) | ((scale > low) & (scale < high))) & (form.centre.abs() < high)
+    doubtful = form.eligible & ~trusted
+    known = centre[form.eligible].abs()
+    groups = tuple(_laid_out(group, count) for group in factors.groups)
+    return ScoreTable(
+        groups,
+        scale.float(),
+        centre.float(),
+        slack,
+        doubtful if bool(doubtful.any()) else None,
+        float(known.max()) if known.numel() > 0 else 0.0,
+    )
+
+
+def _laid_out(group: Group, adapters: int) -> TableGroup:
+    rank = group.A.shape[0]
+    whole = group.columns.shape[0] == adapters
+    return TableGroup(
+        None if whole else group.columns,
+        group.A.double(),
+        torch.triu_indices(rank, rank, device=group.A.device),
+        group.grams,
+        squared_norm_error(rank),
+    )
+
+
+def latents(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> tuple[Float[Tensor, "tokens _"], ...]:
+    """A·x of each group, in float64 (see `factors.latent`)."""
+    exact = x.double()
+    return tuple(exact @ group.A.T for group in table.groups)
+
+
+def squares(
+    group: TableGroup, z: Float[Tensor, "tokens rank"]
+) -> tuple[Float[Tensor, "tokens members"], Float[Tensor, "tokens 1"]]:
+    """‖B z‖² / (‖B‖_F² ‖z‖²) of every adapter of the group in float32, off by `slack` at most, and ‖z‖ in float64."""
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    unit = (z / torch.where(length > 0, length, 1.0)).float()
+    return (unit[:, group.pairs[0]] * unit[:, group.pairs[1]]) @ group.grams.T, length
+
+
+def values(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tokens adapters"]:
+    """Every score in float32, -inf where an adapter is not eligible: for sums of scores, not for an exact argmax."""
+    roots = []
+    for group, z in zip(table.groups, latents(table, x), strict=True):
+        square, length = squares(group, z)
+        roots.append(square.clamp_min_(0.0).sqrt_().mul_(length.float()))
+    return spread_out(table, roots).mul_(table.scale).sub_(table.centre)
+
+
+def spread_out(table: ScoreTable, columns: Sequence[Float[Tensor, "rows _"]]) -> Float[Tensor, "rows adapters"]:
+    """The groups' columns side by side in the bank's order, 0 where an adapter lacks the layer."""
+    if table.groups[0].columns is None:
+        return columns[0]
+    result = columns[0].new_zeros(columns[0].shape[0], table.scale.shape[0])
+    for group, values_of_group in zip(table.groups, columns, strict=True):
+        result[:, group.columns] = values_of_group
+    return result
+
+
+def leaders(
+    table: ScoreTable, x: Float[Tensor, "tokens inner"], permitted: Bool[Tensor, "tokens adapters"] | None
+) -> Leaders:
+    """The winner of every token, and whether it is proven.
+
+    Args:
+        table: of the layer.
+        x: the layer's input, as the layer got it.
+        permitted: who may act on each token; None for everybody. Whoever may not cannot move anything here.
+    """
+    zs = latents(table, x)
+    tokens, adapters = x.shape[0], table.scale.shape[0]
+    step = max(1, ELEMENTS // adapters)
+    parts = [
+        _bounds(table, [z[start : start + step] for z in zs], None if permitted is None else permitted[start:][:step])
+        for start in range(0, max(tokens, 1), step)
+    ]
+    upper, place, length, widest = (
+        torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)
+    )
+    certain = _certain(table, upper, place, length, widest)
+    if table.doubtful is not None:
+        allowed = table.doubtful if permitted is None else table.doubtful & permitted
+        certain = certain & ~allowed.any(-1)
+    winner = torch.where(upper[:, 0] > -torch.inf, place[:, 0], BASE)
+    return Leaders(winner, certain, zs, upper, place, length)
+
+
+def _bounds(table: ScoreTable, zs: list[Tensor], permitted: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two largest upper bounds of each token, whose they are, ‖z‖ under their A, and the widest centre."""
+    roots: list[Tensor] = []
+    lengths: list[Tensor] = []
+    for group, z in zip(table.groups, zs, strict=True):
+        square, length = squares(group, z)
+        lengths.append(length.float())
+        roots.append(square.add_(group.slack).clamp_min_(0.0).sqrt_().mul_(lengths[-1]))
+    upper = spread_out(table, roots).mul_(table.scale).sub_(table.centre)
+    widest = upper.new_full((upper.shape[0],), table.widest)
+    if permitted is not None:
+        upper.masked_fill_(~permitted, -torch.inf)
+        counted = permitted & table.centre.isfinite()
+        widest = torch.where(counted, table.centre.abs(), 0.0).amax(1)
+    best, place = upper.topk(min(2, upper.shape[1]), dim=1)
+    if len(table.groups) == 1:
+        return best, place, lengths[0].expand_as(best), widest
+    by_adapter = spread_out(table, [length.expand(-1, len(r.T)) for length, r in zip(lengths, roots, strict=True)])
+    return best, place, by_adapter.gather(1, place), widest
+
+
+def _certain(table: ScoreTable, upper: Tensor, place: Tensor, length: Tensor, widest: Tensor) -> Tensor:
+    """Whether the first of each token wins whatever the errors: then float64 would neither differ nor see a tie."""
+    first, winner = upper[:, 0].double(), place[:, 0]
+    # Seven roundings of float32 at most lie between q and U, on a number no larger than U + widest.
+    rounding = 16.0 * FP32_UNIT * (first.abs() + 2.0 * widest)
+    centre = table.centre[winner].double()
+    reach = first + centre
+    error = 2.0 * table.slack[winner] * (table.scale[winner].double() * length[:, 0]).square()
+    lower = (reach.square() - error).clamp_min(0.0).sqrt() - centre
+    second = upper[:, 1] if upper.shape[1] > 1 else torch.full_like(first, -torch.inf)
+    clear = second + rounding < lower - rounding - 3.0 * TIE * lower.abs().clamp_min(1.0)
+    return (clear & first.isfinite()) | (first == -torch.inf)
+
+
+def decision_of(table: ScoreTable, found: Leaders) -> Decision:
+    """The leaders as a decision, with margin and runner-up as a trace tells them."""
+    scale = table.scale[found.place].double() * found.length
+    centre = table.centre[found.place].double()
+    norm = ((found.upper.double() + centre).square() - table.slack[found.place] * scale.square()).clamp_min(0.0).sqrt()
+    value = torch.where(found.upper > -torch.inf, norm - centre, -torch.inf)
+    rescored = torch.zeros_like(found.certain)
+    if value.shape[1] == 1:
+        nobody = torch.full_like(found.winner, BASE)
+        return Decision(found.winner, nobody, torch.zeros_like(found.length[:, 0]), rescored)
+    there = found.upper[:, 1] > -torch.inf
+    margin = torch.where(there, value[:, 0] - value[:, 1], 0.0).clamp_min(0.0).float()
+    return Decision(found.winner, torch.where(there, found.place[:, 1], BASE), margin, rescored)
