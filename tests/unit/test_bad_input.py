@@ -337,6 +337,12 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         "no benchmark 'speed'; choose among",
     ),
     "no such option": (lambda root: ["inspect", str(root / "a"), "--colour"], 2, "--colour"),
+    "no such option before the command": (lambda root: ["--colour", "inspect", str(root / "a")], 2, "'--colour'; see"),
+    "a value for a switch": (
+        lambda root: ["--debug=3", "inspect", str(root / "a")],
+        2,
+        "'--debug' does not take a value",
+    ),
     "unknown model": (lambda root: ["models", "path", "smollm3"], 2, "smollm3"),
 }
 
@@ -374,6 +380,7 @@ def test_a_mistake_is_answered_in_one_line_and_loses_nothing(
     lines = [line for line in printed.err.splitlines() if line.startswith("treadle: ")]
     assert stopped.value.code == code, printed.err
     assert len(lines) == 1
+    assert "Usage:" not in printed.err
     assert message in lines[0]
     assert "Traceback" not in printed.err
     assert printed.out == ""

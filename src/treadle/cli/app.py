@@ -37,6 +37,17 @@ class Commands(TyperGroup):
         """The commands in the order of the work."""
         return list(ORDER)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """What stands before a command, parsed.
+
+        Raises:
+            typer.Exit: with code 2, after one line on standard error, or the help where nothing was given.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise _refused(error) from error
+
     def invoke(self, ctx: click.Context) -> object:
         """What the command returns.
 
@@ -49,9 +60,7 @@ class Commands(TyperGroup):
             _print_error("interrupted; what was saved before is whole")
             raise typer.Exit(130) from stopped
         except click.UsageError as error:
-            path = error.ctx.command_path if error.ctx else "treadle"
-            _print_error(f"{error.format_message().rstrip('.')}; see {path} --help")
-            raise typer.Exit(2) from error
+            raise _refused(error) from error
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except TreadleError as error:
@@ -63,6 +72,16 @@ class Commands(TyperGroup):
             kind = type(error).__name__
             _print_error(f"{kind}: {' '.join(str(error).split())[:300]}; treadle --debug … shows where")
             raise typer.Exit(1) from error
+
+
+def _refused(error: click.UsageError) -> typer.Exit:
+    """The end of a command line that cannot be parsed, once it is explained."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+    else:
+        path = error.ctx.command_path if error.ctx else "treadle"
+        _print_error(f"{error.format_message().rstrip('.')}; see {path} --help")
+    return typer.Exit(2)
 
 
 def _explain(ctx: click.Context) -> None:

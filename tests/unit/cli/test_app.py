@@ -65,6 +65,14 @@ def test_every_listed_command_is_there() -> None:
     assert set(listed) == {path[0] for path in COMMANDS}
 
 
+@pytest.mark.parametrize("path", [(), ("bank",)], ids=" ".join)
+def test_nothing_given_shows_the_help_alone(path: tuple[str, ...]) -> None:
+    result = runner.invoke(app, list(path), prog_name="treadle")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Usage: {' '.join(['treadle', *path])} [OPTIONS]")
+    assert "; see" not in result.stderr
+
+
 def test_version() -> None:
     assert runner.invoke(app, ["--version"]).stdout == f"treadle {__version__}\n"
 
