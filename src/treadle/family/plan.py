@@ -1,9 +1,10 @@
 """The rank plan: how many ranks, and which scaling, every adapted module gets."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from treadle import files
 from treadle.errors import FormatError, InputError, MismatchError
@@ -166,12 +167,7 @@ class RankPlan:
         rows, provenance = content.get("modules"), content.get("provenance", {})
         if not isinstance(rows, list) or not isinstance(provenance, dict):
             raise FormatError("key 'modules' must be a list, 'provenance' an object", where=where, remedy="plan again")
-        modules: dict[str, ModulePlan] = {}
-        for row in rows:
-            name, module = _module_of(row, where)
-            if name in modules:
-                raise FormatError(f"module {name!r} stands there twice", where=where, remedy="plan again")
-            modules[name] = module
+        modules = read_modules(rows, _module_of, where=where, remedy="plan again")
         return RankPlan(modules, {str(key): str(value) for key, value in provenance.items()})
 
     def save(self, path: Path) -> None:
@@ -188,16 +184,44 @@ class RankPlan:
         return RankPlan.from_json(files.read_json(path), where=path)
 
 
-def _module_of(row: object, where: object) -> tuple[str, ModulePlan]:
-    """The (name, plan) of one row of plan.json."""
-    try:
-        name, rank, alpha, width, height = (
-            row[key]  # type: ignore[index]
-            for key in ("name", "rank", "lora_alpha", "in_features", "out_features")
-        )
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"a module lacks the key {error}", where=where, remedy="plan again") from error
-    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (rank, width, height))
-    if not (isinstance(name, str) and whole and isinstance(alpha, int | float)):
-        raise FormatError(f"module {name!r}: a value has the wrong type", where=where, remedy="plan again")
-    return name, ModulePlan(rank, float(alpha), width, height)
+def _module_of(row: Mapping[str, object], shape: LayerShape) -> ModulePlan:
+    """The plan of one row of plan.json."""
+    rank, alpha = row["rank"], row["lora_alpha"]
+    if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
+        raise TypeError
+    return ModulePlan(rank, float(alpha), shape.in_features, shape.out_features)
+
+
+Row = TypeVar("Row")
+
+
+def read_modules(
+    rows: list[object], read: Callable[[Mapping[str, object], LayerShape], Row], *, where: object, remedy: str
+) -> dict[str, Row]:
+    """Module → what `read` makes of its row, for the rows of a file with one row a module, in the file's order.
+
+    Every row has `name`, `in_features` and `out_features`; the rest is `read`'s, which may raise KeyError for what is
+    missing and TypeError or ValueError for what is not a value of its kind.
+
+    Raises:
+        FormatError: a row lacks a key, a value has the wrong type, or a module stands there twice.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        name: object = None
+        try:
+            if not isinstance(row, dict):
+                raise TypeError
+            name = row["name"]
+            width, height = row["in_features"], row["out_features"]
+            if not isinstance(name, str) or any(type(size) is not int for size in (width, height)):  # bool is an int
+                raise TypeError
+            made = read(row, LayerShape(width, height))
+        except KeyError as error:
+            raise FormatError(f"module {name!r}: lacks the key {error}", where=where, remedy=remedy) from error
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"module {name!r}: a value has the wrong type", where=where, remedy=remedy) from error
+        if name in found:
+            raise FormatError(f"module {name!r} stands there twice", where=where, remedy=remedy)
+        found[name] = made
+    return found

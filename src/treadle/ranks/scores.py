@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from treadle import files
 from treadle.errors import FormatError, InputError
-from treadle.family.plan import LayerShape
+from treadle.family.plan import LayerShape, read_modules
 
 FORMAT = "treadle.probe-scores/1"
 
@@ -127,22 +127,13 @@ class ProbeScores:
             and isinstance(rows, list)
         ):
             raise FormatError("a key is missing or has the wrong type", where=path, remedy="probe again")
-        modules: dict[str, ModuleScore] = {}
-        for row in rows:
-            name, score = _score_of(row, path)
-            if name in modules:
-                raise FormatError(f"module {name!r} stands there twice", where=path, remedy="probe again")
-            modules[name] = score
+        modules = read_modules(rows, _score_of, where=path, remedy="probe again")
         return ProbeScores(modules, probe, settings, seed, digest)
 
 
-def _score_of(row: object, path: Path) -> tuple[str, ModuleScore]:
-    """The (name, score) of one row of scores.json."""
-    try:
-        name, width, height, table = (row[key] for key in ("name", "in_features", "out_features", "values"))  # type: ignore[index]
-        values = tuple(tuple(float(value) for value in line) for line in table)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"a module's row is damaged ({error})", where=path, remedy="probe again") from error
-    if not (isinstance(name, str) and isinstance(width, int) and isinstance(height, int)):
-        raise FormatError(f"module {name!r}: a value has the wrong type", where=path, remedy="probe again")
-    return name, ModuleScore(LayerShape(width, height), values)
+def _score_of(row: Mapping[str, object], shape: LayerShape) -> ModuleScore:
+    """The score of one row of scores.json."""
+    table = row["values"]
+    if not isinstance(table, list):
+        raise TypeError
+    return ModuleScore(shape, tuple(tuple(float(value) for value in line) for line in table))

@@ -86,9 +86,10 @@ def test_a_saved_plan_comes_back(tmp_path: Path) -> None:
         ({"format": "x"}, r"plan\.json: key 'format' is not 'treadle.rank-plan/1'"),
         ({"modules": {}}, "key 'modules' must be a list"),
         ({"provenance": 3}, "'provenance' an object"),
-        ({"modules": [{"name": "m"}]}, "a module lacks the key 'rank'"),
-        ({"modules": ["m"]}, "a module lacks the key"),
-        ({"modules": [{}, {}]}, "a module lacks the key 'name'"),
+        ({"modules": [{"name": "m"}]}, "module 'm': lacks the key 'in_features'"),
+        ({"modules": [{"name": "m", "in_features": 2, "out_features": 2}]}, "module 'm': lacks the key 'rank'"),
+        ({"modules": ["m"]}, "a value has the wrong type"),
+        ({"modules": [{}, {}]}, "module None: lacks the key 'name'"),
         ({"modules": []}, "at least one module"),
     ],
 )
@@ -99,7 +100,9 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, change: dict[str, object], me
         RankPlan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 1.5), ("rank", True), ("lora_alpha", "1"), ("name", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rank", 1.5), ("rank", True), ("lora_alpha", "1"), ("name", 3), ("in_features", "2")]
+)
 def test_a_value_of_a_wrong_type_is_refused(key: str, value: object) -> None:
     row = {"name": "m", "rank": 1, "lora_alpha": 1, "in_features": 2, "out_features": 2} | {key: value}
     with pytest.raises(FormatError, match="a value has the wrong type"):
