@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see; at run time `__getat
     from treadle.models.loading import load_model as load_model
     from treadle.models.loading import load_tokenizer as load_tokenizer
     from treadle.routing.bank import AdapterBank as AdapterBank
+    from treadle.routing.calibration import AnalyticCalibration as AnalyticCalibration
     from treadle.routing.calibration import OwnCalibration as OwnCalibration
     from treadle.routing.calibration import PublicCalibration as PublicCalibration
     from treadle.routing.routed import RoutedModel as RoutedModel
@@ -26,6 +27,7 @@ _HOMES = {
     "Adapter": "treadle.family.adapter",
     "AdapterBank": "treadle.routing.bank",
     "AdapterFamily": "treadle.family.family",
+    "AnalyticCalibration": "treadle.routing.calibration",
     "OwnCalibration": "treadle.routing.calibration",
     "PublicCalibration": "treadle.routing.calibration",
     "RankPlan": "treadle.family.plan",
@@ -41,6 +43,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "AdapterFamily",
+    "AnalyticCalibration",
     "OwnCalibration",
     "PublicCalibration",
     "RankPlan",

@@ -4,6 +4,8 @@ Notation: z is (tokens, rank), B is (out, rank), G = BᵀB is (rank, rank), and 
 rank·(rank+1)/2 numbers: the upper triangle row by row, off-diagonals doubled.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -62,3 +64,39 @@ def update_norms(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"])
     right = torch.linalg.qr(A.double().T, mode="r").R
     values = torch.linalg.svdvals(left @ right.T)
     return float(values.square().sum().sqrt()), float(values[0])
+
+
+def squared_norm_moments(
+    B: Float[Tensor, "outer rank"], mean: Float[Tensor, " rank"], covariance: Float[Tensor, "rank rank"]
+) -> tuple[float, float]:
+    """Mean and variance of ‖B z‖² for a Gaussian z; exact.
+
+    With G = BᵀB, m the mean and C the covariance: tr(GC) + mᵀGm, and 2·tr((GC)²) + 4·mᵀGCGm.
+
+    Reference: the cumulants of a quadratic form in normal variables (Mathai and Provost 1992, theorem 3.2b.2).
+    """
+    wide = B.double()
+    gram = wide.T @ wide
+    spread, pull = gram @ covariance, gram @ mean
+    expected = spread.trace() + mean @ pull
+    variance = 2.0 * (spread * spread.T).sum() + 4.0 * pull @ covariance @ pull
+    return float(expected), float(variance)
+
+
+def root_moments(mean: float, variance: float) -> tuple[float, float]:
+    """Mean and standard deviation of √q, for q ≥ 0 of this mean and variance that is taken for Gamma distributed.
+
+    √q is then Nakagami distributed: with k = mean²/variance, E√q = √mean · Γ(k+½)/(Γ(k)·√k), and E q = mean gives
+    the deviation. Exact for q = ‖B z‖² where B·z is centred and as wide in one direction as in the next.
+
+    Reference: Nakagami 1960, equation 17; for large k, where the gamma functions cancel, its series in 1/k.
+    """
+    if mean <= 0.0:
+        return 0.0, 0.0
+    share = variance / mean**2
+    if share < 1.0 / 300.0:  # the next term of the series is below 1e-9 of the sum
+        missing = share / 4.0 - share**2 / 32.0 - share**3 / 128.0
+        return math.sqrt(mean * (1.0 - missing)), math.sqrt(mean * missing)
+    k = 1.0 / share
+    ratio = math.exp(math.lgamma(k + 0.5) - math.lgamma(k)) / math.sqrt(k)
+    return math.sqrt(mean) * ratio, math.sqrt(mean * (1.0 - ratio**2))

@@ -1,7 +1,9 @@
 """An adapter: its lora_B (and, if it is foreign, its own lora_A), stored as a folder that stock PEFT opens."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -76,6 +78,7 @@ class Adapter:
         base: the base it was trained on; None is "unverified base", as foreign adapters carry no hash.
         task_type: PEFT's task type ("CAUSAL_LM", …) or None.
         transposed: whether its layers are Conv1D.
+        known_digest: what `digest` is, where it is written down beside lora_B; None to compute it.
     """
 
     name: str
@@ -87,11 +90,13 @@ class Adapter:
     provenance: Provenance
     task_type: str | None = None
     transposed: bool = False
+    known_digest: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         files.checked_name(self.name)
         object.__setattr__(self, "lora_A", MappingProxyType(self.lora_A))
-        object.__setattr__(self, "lora_B", MappingProxyType(self.lora_B))
+        if isinstance(self.lora_B, dict):  # a mapping of a file cannot be written to, and a bank knows it again
+            object.__setattr__(self, "lora_B", MappingProxyType(self.lora_B))
 
     @staticmethod
     def of_family(
@@ -131,6 +136,18 @@ class Adapter:
         scaling = self.plan.modules[module].scaling
         B = self.lora_B[module].float()
         return B if scaling == 1.0 else B * scaling
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that is its own in a family: the sorted modules with dtype, shape and bytes of folded_B."""
+        if self.known_digest is not None:
+            return self.known_digest
+        total = hashlib.sha256()
+        for module in sorted(self.lora_B):
+            B = self.folded_B(module).contiguous()
+            total.update(f"{module}\x00{B.dtype}\x00{tuple(B.shape)}\x00".encode())
+            total.update(B.numpy(force=True).tobytes())
+        return total.hexdigest()
 
     def folded(self) -> dict[str, Tensor]:
         """`folded_B` of every module."""
@@ -232,17 +249,7 @@ class Adapter:
                     f"its lora_A of {module!r} is not the family's", where=self.name, remedy="restore it"
                 )
         lora_B = {module: self.lora_B[module] for module in family.plan.modules}
-        return Adapter(
-            self.name,
-            family.plan,
-            family.lora_A,
-            lora_B,
-            self.family,
-            family.base,
-            self.provenance,
-            self.task_type,
-            self.transposed,
-        )
+        return replace(self, plan=family.plan, lora_A=family.lora_A, lora_B=lora_B, base=family.base)
 
     def shapes(self) -> dict[str, LayerShape]:
         """The shape of every adapted layer."""

@@ -1,6 +1,5 @@
 """Statistics: what counts, what does not, and that nothing depends on neighbours, order or batches."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,18 +197,3 @@ def test_what_counts_in_a_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])
     assert counted(ids, mask, ignored).tolist() == [[False, False, True, False], [False, False, True, True]]
     assert positions(mask).tolist() == [[0, 0, 1, 2], [0, 0, 0, 1]]
-
-
-def test_statistics_of_some_adapters(
-    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    bank = build(make, tiny_llama, tiny_tokenizer, PublicCalibration(make.passages), ("alpha", "beta", "gamma"))
-    found = statistics_of(bank)
-    module = next(iter(bank.layers))
-    kept = found.select([2, 0], [module])
-    assert list(kept.mean) == [module]
-    assert torch.equal(kept.mean[module], found.mean[module][[2, 0]])
-    longer = found.extended([module, "new"])
-    assert longer.mean[module].shape == longer.mean["new"].shape == (4,)
-    assert longer.std["new"].isnan().all()
-    assert replace(kept, tokens=0).std == kept.std

@@ -1,0 +1,120 @@
+"""A finished calibration: numbers, where they come from, and whose lora_B they describe."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Literal
+
+from torch import Tensor
+
+from treadle.errors import MismatchError
+from treadle.family.adapter import Adapter
+from treadle.routing.calibration.moments import LatentMoments
+
+Method = Literal["own", "public", "analytic", "traffic"]
+
+_READ: Mapping[Method, str] = {
+    "own": "the adapters' own data",
+    "public": "public",
+    "analytic": "public",
+    "traffic": "callers' prompts",
+}
+
+
+def utc_day() -> str:
+    """Today's date in UTC, ISO 8601."""
+    return datetime.now(UTC).date().isoformat()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A finished calibration: module → (adapters,) mean and std of ‖B A x‖ over the tokens that count.
+
+    Attributes:
+        mean: float64, NaN where an adapter lacks the module or nothing is known of it yet.
+        std: float64, NaN in the same places.
+        method: how they were made.
+        source: what was read, by name; "traffic:TENANT" for traffic.
+        digest: SHA-256 of the texts if they are public, "" otherwise.
+        tokens: how many tokens were counted, an adapter.
+        ignored_tokens: token ids left out here, and therefore when prompts are scored.
+        B_digests: `Adapter.digest` of the lora_B that each row describes, "" for a row of which nothing is known.
+        moments: module → moments of the family's z = A·x under `analytic`, from which adapters to come are described.
+        date: the UTC day of the reading; no part of what makes two calibrations equal.
+    """
+
+    mean: Mapping[str, Tensor]
+    std: Mapping[str, Tensor]
+    method: Method
+    source: str
+    digest: str
+    tokens: int
+    ignored_tokens: tuple[int, ...]
+    B_digests: tuple[str, ...]
+    moments: Mapping[str, LatentMoments] = field(default_factory=dict[str, LatentMoments])
+    date: str = field(default_factory=utc_day, compare=False)
+
+    @property
+    def spends_privacy(self) -> bool:
+        """Whether the adapters' own training data went in: a release that no ε of theirs accounts for."""
+        return self.method == "own"
+
+    @property
+    def text_read(self) -> str:
+        """Whose text was read, in words."""
+        return _READ[self.method]
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Return if every row that says anything was made for the lora_B of the adapter in its place.
+
+        Raises:
+            MismatchError: a row is of another lora_B, or there are too many or too few of them.
+        """
+        if len(self.B_digests) != len(adapters):
+            raise MismatchError(
+                f"the calibration describes {len(self.B_digests)} adapters, the bank has {len(adapters)}",
+                remedy="run `treadle bank calibrate`",
+            )
+        for place, (adapter, digest) in enumerate(zip(adapters, self.B_digests, strict=True)):
+            known = not all(bool(mean[place].isnan()) for mean in self.mean.values())
+            if (known or digest) and digest != adapter.digest:
+                raise MismatchError(
+                    "its statistics were made for another lora_B",
+                    where=adapter.name,
+                    remedy="run `treadle bank calibrate`",
+                )
+
+    def patched(self, newer: "Statistics", places: Sequence[int]) -> "Statistics":
+        """These statistics with the rows at `places` from `newer`; every other row keeps its bits.
+
+        Raises:
+            MismatchError: the two were not made alike.
+        """
+        if not self.alike(newer):
+            raise MismatchError(
+                f"the other adapters were calibrated by {self.method} on {self.source!r}, "
+                f"these by {newer.method} on {newer.source!r}",
+                remedy="calibrate all of them, or these with the same text",
+            )
+
+        def rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], module: str) -> Tensor:
+            values = old[module].clone()
+            values[list(places)] = new[module][list(places)]
+            return values
+
+        digests = [newer.B_digests[i] if i in places else digest for i, digest in enumerate(self.B_digests)]
+        return replace(
+            self,
+            mean={module: rows(self.mean, newer.mean, module) for module in self.mean},
+            std={module: rows(self.std, newer.std, module) for module in self.std},
+            B_digests=tuple(digests),
+        )
+
+    def alike(self, other: "Statistics") -> bool:
+        """Whether the two were made in one way from one source, so that their rows may stand side by side."""
+        return (self.method, self.source, self.digest, self.ignored_tokens) == (
+            other.method,
+            other.source,
+            other.digest,
+            other.ignored_tokens,
+        )
