@@ -1,6 +1,6 @@
 """The TOML files in `benchmarks/`: one a benchmark, settings that were written down before it ran."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treadle.configs.fleet import FleetRun
 from treadle.configs.toml import RunConfig
@@ -56,3 +56,59 @@ class DemoQualityRun(RunConfig):
     limit: int = Field(ge=1)
     fleet: FleetRun
     suites: tuple[Suite, ...]
+
+
+class LayerShapeRow(RunConfig):
+    """A layer whose routing is timed: `inner` to `outer`, adapters of this `rank`."""
+
+    inner: int = Field(ge=1)
+    outer: int = Field(ge=1)
+    rank: int = Field(ge=1)
+
+
+class RoutingCostRun(RunConfig):
+    """`routing-cost`.
+
+    Attributes:
+        tokens: of a call.
+        adapters: in the bank.
+        threads: of torch.
+        rounds: the median of so many.
+        most_of_arrow: adapters up to which PEFT's ARROW is timed.
+        judged: the shape that the goals speak of.
+        shapes: all shapes.
+    """
+
+    tokens: tuple[int, ...]
+    adapters: tuple[int, ...]
+    threads: tuple[int, ...]
+    rounds: int = Field(ge=1)
+    most_of_arrow: int
+    judged: LayerShapeRow
+    shapes: tuple[LayerShapeRow, ...]
+
+
+class RoutingContinualRun(RunConfig):
+    """`routing-continual`.
+
+    Attributes:
+        fleet: its tasks join in this order, the first being there from the beginning.
+        updated: the task whose adapter is trained again at the end.
+        limit: test prompts a task.
+        quick_tasks: the tasks under --quick, none of which needs files; the first is updated.
+        quick_limit: prompts a task under --quick.
+        quick_tokens: training tokens of an adapter under --quick.
+    """
+
+    fleet: FleetRun
+    updated: str
+    limit: int = Field(ge=1)
+    quick_tasks: tuple[str, ...] = Field(min_length=2)
+    quick_limit: int = Field(ge=1)
+    quick_tokens: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _sound(self) -> "RoutingContinualRun":
+        if self.updated not in self.fleet.tasks:
+            raise ValueError(f"updated is {self.updated!r}, which is none of fleet.tasks")
+        return self

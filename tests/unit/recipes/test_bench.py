@@ -135,7 +135,9 @@ def test_exactness_finds_no_wrong_decision_in_fp32_and_bf16(fleet_run: FleetRun,
     assert result.metrics["decisions"].value >= 4_000
 
 
-def test_exactness_counts_a_decision_that_is_wrong(fleet_run: FleetRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exactness_counts_a_decision_that_is_wrong(
+    fleet_run: FleetRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = Trace.record
 
     def lying(self: Trace, module: str, decision: object, *rest: object) -> None:
@@ -144,7 +146,7 @@ def test_exactness_counts_a_decision_that_is_wrong(fleet_run: FleetRun, monkeypa
         last[:] = 1 - last.clamp_min(0)
 
     monkeypatch.setattr(Trace, "record", lying)
-    result = routing_exactness(RoutingExactnessRun(fleet=fleet_run, decisions=500, quick_decisions=500))
+    result = routing_exactness(RoutingExactnessRun(fleet=fleet_run, decisions=500, quick_decisions=500), work=tmp_path)
     assert result.metrics["wrong_decisions"].value > 400
     assert result.metrics["wrong_decisions"].holds is False
 
@@ -161,8 +163,7 @@ def test_the_reference_is_the_norm_of_the_whole_update(fleet_run: FleetRun) -> N
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_committed_configurations_are_sound(name: str) -> None:
-    kind = DemoQualityRun if name == "demo-quality" else RoutingExactnessRun
-    load_toml(CONFIGURATIONS / f"{name}.toml", kind)
+    load_toml(CONFIGURATIONS / f"{name}.toml", BENCHMARKS[name].settings)
 
 
 def test_showing_recomputes_from_the_committed_runs(study: DemoQualityRun, tmp_path: Path) -> None:

@@ -1,20 +1,91 @@
 """The benchmarks by name; `benchmarks/NAME.toml` holds the settings, `benchmarks/results/` what came of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Generic, TypeVar
 
 from treadle import files
-from treadle.configs.bench import DemoQualityRun, RoutingExactnessRun
-from treadle.configs.toml import load_toml
+from treadle.configs.bench import DemoQualityRun, RoutingContinualRun, RoutingCostRun, RoutingExactnessRun
+from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.demo_quality import demo_quality, quick_demo_quality, summary
+from treadle.recipes.bench import demo_quality, routing_continual, routing_cost, routing_exactness
 from treadle.recipes.bench.result import BenchmarkResult, finished_runs
-from treadle.recipes.bench.routing_exactness import routing_exactness
 
-BENCHMARKS = ("routing-exactness", "demo-quality")
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a benchmark is run with.
+
+    Attributes:
+        runs: the JSON Lines file of a study's finished runs.
+        work: where intermediate state goes; of a temporary folder if nobody named one.
+        data: the folder of the data sets.
+        quick: whether to measure a small part.
+        progress: told of everything.
+    """
+
+    runs: Path
+    work: Path
+    data: Path | None
+    quick: bool
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Benchmark(Generic[Config]):
+    """One benchmark.
+
+    Attributes:
+        settings: the class of its configuration.
+        run: measures in full or quickly, as the session says.
+        shown: a study's figures from its recorded runs alone; None where the committed result is shown.
+    """
+
+    settings: type[Config]
+    run: Callable[[Config, Session], BenchmarkResult]
+    shown: Callable[[Config, Session], BenchmarkResult] | None = None
+
+
+def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return demo_quality.quick_demo_quality(config, work=session.work, progress=session.progress)
+    return demo_quality.demo_quality(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
+def _demo_quality_shown(config: DemoQualityRun, session: Session) -> BenchmarkResult:
+    return demo_quality.summary(config, _recorded(session.runs))
+
+
+def _routing_continual(config: RoutingContinualRun, session: Session) -> BenchmarkResult:
+    study = routing_continual.quick_routing_continual if session.quick else routing_continual.routing_continual
+    placed = config.fleet.model_copy(update={"out": session.work / "fleet", "data": session.data})
+    return study(config.model_copy(update={"fleet": placed}), session.progress)
+
+
+def _routing_cost(config: RoutingCostRun, session: Session) -> BenchmarkResult:
+    return routing_cost.routing_cost(config, quick=session.quick, progress=session.progress)
+
+
+def _routing_exactness(config: RoutingExactnessRun, session: Session) -> BenchmarkResult:
+    return routing_exactness.routing_exactness(
+        config, quick=session.quick, work=session.work, progress=session.progress
+    )
+
+
+BENCHMARKS: Mapping[str, Benchmark[Any]] = {
+    "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
+    "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
+    "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
+    "routing-exactness": Benchmark(RoutingExactnessRun, _routing_exactness),
+}
 
 
 def run_benchmark(
@@ -43,24 +114,19 @@ def run_benchmark(
     """
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name!r}", remedy=f"choose among {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[name]
     path, runs = folder / "results" / f"{name}.json", folder / "results" / f"{name}.runs.jsonl"
     with TemporaryDirectory() as temporary:
         place = work or Path(temporary)
-        if name == "demo-quality":
-            study = load_toml(folder / f"{name}.toml", DemoQualityRun)
-            if show:
-                return _shown(summary(study, _recorded(runs)), path)
-            if quick:
-                return quick_demo_quality(study, work=place, progress=progress).to_json()
-            result = demo_quality(study, runs=runs, work=place, data=data, progress=progress)
-        else:
-            if show:
-                return _committed(path)
-            config = load_toml(folder / f"{name}.toml", RoutingExactnessRun)
-            result = routing_exactness(config, quick=quick, work=work, progress=progress)
-            if quick:
-                return result.to_json()
-    files.write_json(path, result.to_json())
+        session = Session(runs, place, data, quick, progress)
+        if show and benchmark.shown is None:
+            return _committed(path)
+        config = load_toml(folder / f"{name}.toml", benchmark.settings)
+        if show and benchmark.shown is not None:
+            return _shown(benchmark.shown(config, session), path)
+        result = benchmark.run(config, session)
+    if not quick:
+        files.write_json(path, result.to_json())
     return result.to_json()
 
 

@@ -8,7 +8,6 @@ the model's winner scores lower than the reference's best by more than the decla
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -29,17 +28,16 @@ from treadle.routing.trace import Trace
 
 
 def routing_exactness(
-    config: RoutingExactnessRun, *, quick: bool = False, work: Path | None = None, progress: Progress = silent
+    config: RoutingExactnessRun, *, work: Path, quick: bool = False, progress: Progress = silent
 ) -> BenchmarkResult:
     """The figures on a fleet trained on the spot; `quick` makes at least 100,000 decisions of each kind."""
-    with TemporaryDirectory() as temporary:
-        fleet = grow_fleet(config.fleet.model_copy(update={"out": (work or Path(temporary)) / "fleet"}), progress)
-        wanted = config.quick_decisions if quick else config.decisions
-        rows = [
-            _compare(fleet.bank, model, fleet.tokenizer, scorer, _Amount(str(model.dtype), wanted, progress))
-            for model in (fleet.model, deepcopy(fleet.model).bfloat16())
-            for scorer in ("seqr", "norm")
-        ]
+    fleet = grow_fleet(config.fleet.model_copy(update={"out": work / "fleet"}), progress)
+    wanted = config.quick_decisions if quick else config.decisions
+    rows = [
+        _compare(fleet.bank, model, fleet.tokenizer, scorer, _Amount(str(model.dtype), wanted, progress))
+        for model in (fleet.model, deepcopy(fleet.model).bfloat16())
+        for scorer in ("seqr", "norm")
+    ]
     decisions, wrong = (sum(int(row[key]) for row in rows) for key in ("decisions", "wrong"))
     rescored = sum(int(row["rescored"]) for row in rows) / decisions
     metrics = {
