@@ -1,6 +1,7 @@
 """Files that are either whole or absent: atomic writes, contained paths, digests."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,30 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Replace `path` by the canonical JSON of `content` (see `canonical_json`)."""
     write_bytes(path, canonical_json(content))
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add one line to the end of `path`, in one write: lines of several processes never mix. It is not fsynced.
+
+    Raises:
+        UnavailableError: the disk refuses; what stood there stands there still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = line + b"\n"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            size = os.lseek(handle, 0, os.SEEK_END)
+            if size > 0 and os.pread(handle, 1, size - 1) != b"\n":  # an earlier writer ran out of space
+                content = b"\n" + content
+            if os.write(handle, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write ({error.strerror})", where=path, remedy="free space or choose another file"
+        ) from error
 
 
 def canonical_json(content: object) -> bytes:

@@ -172,3 +172,19 @@ def test_paths_that_climb_out(tmp_path: Path, relative: str) -> None:
     (tmp_path / "bank" / "link").symlink_to(tmp_path)
     with pytest.raises(FormatError, match="leaves the folder"):
         files.contained(tmp_path / "bank", relative)
+
+
+def test_appended_lines_are_whole_even_behind_one_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.jsonl"
+    files.append_line(path, b"one")
+    files.append_line(path, b"two")
+    assert path.read_bytes() == b"one\ntwo\n"
+    path.write_bytes(b'one\n{"ha')  # a full disk, once
+    files.append_line(path, b"three")
+    assert path.read_bytes() == b'one\n{"ha\nthree\n'
+
+
+def test_a_line_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.write", lambda handle, content: len(content) - 1)
+    with pytest.raises(UnavailableError, match="cannot write \\(No space left on device\\); free space"):
+        files.append_line(tmp_path / "log.jsonl", b"one")

@@ -16,4 +16,12 @@ Base = Annotated[
     ),
 ]
 
+Policy = Annotated[Path, typer.Option("--policy", metavar="FILE", help="The policy that says who may use what.")]
+
+Caller = Annotated[str, typer.Option("--caller", metavar="NAME", help="Who asks, as the service knows them.")]
+
+Data = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="What the request's data are; repeat it.")
+]
+
 Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.")]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from treadle.cli.console import remark, working
-from treadle.cli.options import Base, Html, Json
+from treadle.cli.options import Base, Data, Html, Json
 from treadle.errors import InputError
 
 
@@ -22,12 +22,20 @@ def route_command(
         Literal["sequence", "token"], typer.Option(help="One adapter a prompt, or one a token and layer.")
     ] = "sequence",
     scorer: Annotated[
-        Literal["zscore", "norm", "arrow", "mean"], typer.Option(help="zscore is SEQR's; arrow and mean mix adapters.")
-    ] = "zscore",
+        Literal["seqr", "norm", "arrow", "mean"], typer.Option(help="zscore is SEQR's; arrow and mean mix adapters.")
+    ] = "seqr",
     permit: Annotated[
         list[str] | None, typer.Option("--permit", metavar="NAME", help="An adapter that may be used; repeat it.")
     ] = None,
     permit_none: Annotated[bool, typer.Option("--permit-none", help="Permit no adapter: the base answers.")] = False,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", metavar="FILE", help="A policy that says which adapters may be used.")
+    ] = None,
+    caller: Annotated[str | None, typer.Option("--caller", metavar="NAME", help="Who asks, for the policy.")] = None,
+    label: Data = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="Add the decision to this file; no text is in it.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of continuation; 0 only routes.")] = 32,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Let the base alone continue it too.")] = False,
     base: Base = None,
@@ -39,12 +47,16 @@ def route_command(
     Example: treadle route bank "State the sum: 3 + 4 =" --html route.html
     """
     from treadle.cli.tables import show_route
+    from treadle.recipes.access import AccessQuestion
     from treadle.recipes.route import RouteSettings, route
 
-    if permit and permit_none:
-        raise InputError("--permit and --permit-none contradict each other", remedy="give one of them")
+    if bool(permit) + permit_none + (policy is not None) > 1:
+        raise InputError("--permit, --permit-none and --policy contradict each other", remedy="give one of them")
+    if (policy is None) != (caller is None) or (label and policy is None):
+        raise InputError("--policy needs --caller, and --caller and --label need it", remedy="give both or neither")
     permitted = frozenset(permit or ()) if permit or permit_none else None
-    settings = RouteSettings(scorer, granularity, permitted, max_new_tokens, compare_base, base)
+    question = None if policy is None or caller is None else AccessQuestion(policy, caller, tuple(label or ()))
+    settings = RouteSettings(scorer, granularity, permitted, max_new_tokens, compare_base, base, question, log)
     with working() as progress:
         result = route(bank, text, settings, progress=progress)
     if html is not None:

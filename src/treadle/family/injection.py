@@ -114,8 +114,13 @@ class Attachment:
         self.remove()
 
 
-def _hook_of(delta: Delta) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor | None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor | None:
+def _hook_of(delta: Delta) -> Callable[..., Tensor | None]:
+    def hook(
+        _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor] | Tensor, output: Tensor | None = None
+    ) -> Tensor | None:
+        if output is None or isinstance(named, Tensor):
+            # torch passes no named inputs to a hook that comes or goes while another thread's pass is under way.
+            return None
         added = delta(inputs[0] if inputs else next(iter(named.values())))
         return None if added is None else output + added.to(output.dtype)
 

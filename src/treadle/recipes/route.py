@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from treadle.errors import InputError
+from treadle.files import sha256_of
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
+from treadle.recipes.access import AccessQuestion, permitted_of
 from treadle.recipes.bases import base_folder
-from treadle.routing.bank_files import load_bank
+from treadle.routing.bank_files import load_present
+from treadle.routing.decision_log import LogContext, append_decision, entry_of
 from treadle.routing.evidence import Evidence, prompt_evidence
 from treadle.routing.routed import Granularity, RoutedModel
 from treadle.routing.trace import Trace
@@ -24,20 +27,24 @@ class RouteSettings:
     """How a prompt is routed.
 
     Attributes:
-        scorer: "zscore", "norm", "arrow" or "mean".
+        scorer: "seqr", "norm", "arrow" or "mean".
         granularity: "sequence" chooses one adapter for the prompt, "token" one a token and layer.
         permitted: the adapters that the caller may use; None permits all, an empty set leaves the base.
         max_new_tokens: how far to continue the prompt, greedily; 0 does not.
         compare_base: whether the base alone continues it too.
         base: where the base model is, if its name does not say.
+        question: lets a policy say which adapters are permitted; None leaves it to `permitted`.
+        log: the operator's file of decisions, to which this one is added.
     """
 
-    scorer: str = "zscore"
+    scorer: str = "seqr"
     granularity: Granularity = "sequence"
     permitted: frozenset[str] | None = None
     max_new_tokens: int = 32
     compare_base: bool = False
     base: str | None = None
+    question: AccessQuestion | None = None
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def route(
 
     Raises:
         InputError: no bank, an empty text, an unknown setting, or a bank that is not calibrated.
-        AccessError: the bank requires a permitted set, or the set names an unknown adapter.
+        AccessError: the bank requires a permitted set, the set names an unknown adapter, or the policy refuses.
         MismatchError: the base is not the bank's.
     """
     asked = settings or RouteSettings()
@@ -130,7 +137,9 @@ def route(
     if asked.max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {asked.max_new_tokens}", remedy="0 or more")
     progress("opening the bank", 0, 0)
-    bank = load_bank(folder)
+    bank, digest = load_present(folder)
+    if asked.question is not None:
+        asked = replace(asked, permitted=permitted_of(bank, asked.question).permitted)
     place = str(base_folder(bank.family.base, asked.base, progress=progress))
     progress("loading the base model", 0, 0)
     tokenizer = load_tokenizer(place)
@@ -140,13 +149,25 @@ def route(
     if ids.shape[1] == 0:
         raise InputError("the text has no token", remedy="give some text")
     progress("reading the prompt", 0, 0)
-    tokens, layers, choice = _routing(model, ids, asked, _pieces(tokenizer, ids))
+    with model.trace() as trace:
+        tokens, layers, choice = _routing(model, ids, asked, _pieces(tokenizer, ids), trace)
+    if asked.log is not None:
+        _log(asked.log, model, digest, asked, trace)
     said, plain = _continuations(model, tokenizer, ids, asked, progress)
     adapters = tuple(n for n in bank.names if asked.permitted is None or n in asked.permitted)
-    used = replace(asked, granularity=model.granularity)  # a mean of all adapters has nothing to choose by sequence
+    # A mean of all adapters has nothing to choose by sequence; policy and log are the operator's.
+    used = replace(asked, granularity=model.granularity, question=None, log=None)
     return RouteResult(
         folder.resolve().name, bank.family.base.name, text, used, adapters, choice, tokens, layers, said, plain
     )
+
+
+def _log(file: Path, model: RoutedModel, digest: str, asked: RouteSettings, trace: Trace) -> None:
+    """Add the decision to the operator's log; nothing of the prompt is in it."""
+    question = asked.question
+    context = LogContext(file, digest, None if question is None else sha256_of(question.policy))
+    request = None if question is None else question.request
+    append_decision(file, entry_of(model, context, request, asked.permitted, trace))
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
@@ -155,11 +176,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
 
 
 def _routing(
-    model: RoutedModel, ids: Tensor, asked: RouteSettings, pieces: list[str]
+    model: RoutedModel, ids: Tensor, asked: RouteSettings, pieces: list[str], trace: Trace
 ) -> tuple[tuple[TokenRow, ...], tuple[LayerRow, ...], Choice | None]:
     allowed = None if asked.permitted is None else [asked.permitted]
     if model.granularity == "token":
-        with torch.inference_mode(), model.trace() as trace:
+        with torch.inference_mode():
             model(ids, torch.ones_like(ids), permitted=allowed)
         return *_by_token(trace, pieces), None
     decision = model.choose(ids, permitted=allowed)

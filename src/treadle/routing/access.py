@@ -1,12 +1,32 @@
 """Who may use which adapter: names in, one mask a row out, and every mistake an error rather than a guess."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from treadle.errors import AccessError
+from treadle.errors import AccessError, InputError
+
+Labels = frozenset[str]
+"""KEY=VALUE each: what an adapter is cleared for, or what the data of a request are."""
+
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}=[A-Za-z0-9_.:/-]{1,64}")
+
+
+def checked_labels(labels: Iterable[str], *, where: object = None) -> Labels:
+    """The labels, if each is of the form KEY=VALUE.
+
+    Raises:
+        InputError: one is not.
+    """
+    found = frozenset(labels)
+    for label in sorted(found):
+        if not _LABEL.fullmatch(label):
+            raise InputError(f"label {label!r} is not KEY=VALUE", where=where, remedy="write dept=oncology")
+    return found
+
 
 Permitted = Sequence[Collection[str] | None]
 """One set of adapter names a row; None permits all, an empty set leaves the base model."""

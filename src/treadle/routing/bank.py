@@ -1,7 +1,7 @@
 """The adapter bank: a library of adapters with what routing needs of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -13,8 +13,10 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import adapted_layers
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.routing.calibration import Calibration, Statistics, calibrate
+from treadle.routing.access import Labels
+from treadle.routing.calibration import Calibration, Statistics, calibrate, completed
 from treadle.routing.factors import LayerFactors, build_factors, calibrated
+from treadle.routing.joining import Pick, joined_factors, joined_statistics
 
 Access = Literal["open", "required"]
 
@@ -29,6 +31,8 @@ class AdapterBank:
         layers: module → factors, in the family's order of modules, foreign ones behind.
         statistics: the calibration, None before it.
         access: "required" insists on a permitted set for every row.
+        labels: adapter → its clearances, which a policy joins with a caller and the data of a request; an adapter
+            without any is left out.
     """
 
     family: AdapterFamily
@@ -36,10 +40,14 @@ class AdapterBank:
     layers: Mapping[str, LayerFactors]
     statistics: Statistics | None
     access: Access
+    labels: Mapping[str, Labels] = field(default_factory=dict[str, Labels])
 
     def __post_init__(self) -> None:
         if self.access not in get_args(Access):  # a misspelt "required" must not open the bank
             raise InputError(f"no such access {self.access!r}", remedy=f"choose among {', '.join(get_args(Access))}")
+        names = set(self.names)
+        if len(names) != len(self.adapters) or not self.labels.keys() <= names:
+            raise InputError("two adapters have one name, or labels no adapter", remedy="give each a name of its own")
 
     @staticmethod
     def build(
@@ -77,10 +85,7 @@ class AdapterBank:
                 raise InputError("this adapter name is taken", where=adapter.name, remedy="give it another name")
             seen.add(adapter.name)
             members.append(_admitted(adapter, family))
-        modules = dict.fromkeys(module for module in family.plan.modules)
-        modules |= dict.fromkeys(module for adapter in members for module in adapter.plan.modules)
-        used = [module for module in modules if any(module in adapter.plan.modules for adapter in members)]
-        layers = {module: build_factors(module, members) for module in used}
+        layers = {module: build_factors(module, members) for module in _modules(family, members)}
         bank = AdapterBank(family, tuple(members), MappingProxyType(layers), None, access)
         if calibration is None:
             return bank
@@ -108,36 +113,71 @@ class AdapterBank:
         *,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        only: Collection[str] | None = None,
         progress: Progress = silent,
     ) -> "AdapterBank":
         """A bank with statistics from this calibration; this one stays as it is.
 
+        Args:
+            calibration: where the statistics come from.
+            model: the base, loaded by the family's base name if None.
+            tokenizer: the base's, likewise.
+            only: the adapters to describe, None for all; the statistics of the others keep every bit.
+            progress: told of every batch.
+
         Raises:
-            InputError: the calibration has no usable text.
-            MismatchError: the model lacks a layer that an adapter changes.
+            InputError: the calibration has no usable text, or `only` names an adapter that is not in the bank.
+            MismatchError: the model lacks a layer that an adapter changes, or the others were calibrated otherwise.
         """
+        places = None if only is None else [self.names.index(self.adapter(name).name) for name in only]
         model = model or load_model(self.family.base.name)
         tokenizer = tokenizer or load_tokenizer(self.family.base.name)
-        found = calibrate(model, tokenizer, self.layers, self.names, calibration, progress)
+        found = calibrate(model, tokenizer, self.layers, self.adapters, calibration, only=only, progress=progress)
+        if places is not None and self.statistics is not None:
+            found = self.statistics.patched(found, places)
         return self.with_statistics(found)
 
     def with_statistics(self, statistics: Statistics) -> "AdapterBank":
-        """A bank with these statistics."""
+        """A bank with these statistics.
+
+        Raises:
+            MismatchError: they were made for another lora_B, or other adapters.
+        """
+        statistics.check(self.adapters)
         layers = {
             module: calibrated(factors, {"mean": statistics.mean[module], "std": statistics.std[module]})
             for module, factors in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers), statistics=statistics)
 
+    def labelled(self, name: str, labels: Labels) -> "AdapterBank":
+        """A bank in which this adapter has these labels and no others.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        self.adapter(name)
+        others = {other: kept for other, kept in self.labels.items() if other != name}
+        return replace(self, labels=MappingProxyType(others | ({name: labels} if labels else {})))
+
     def add(self, adapter: Adapter) -> "AdapterBank":
-        """A bank with one more adapter at the end; it is ineligible for z-scores until the bank is calibrated again.
+        """A bank with one more adapter at the end, which has no statistics yet: see `merge`.
 
         Raises:
             InputError: its name is taken.
             MismatchError: it belongs to another family or base.
         """
-        bank = AdapterBank.build(self.family, (*self.adapters, adapter), access=self.access)
-        return bank if self.statistics is None else bank.with_statistics(self.statistics.extended(bank.layers))
+        return self.merge(AdapterBank.build(self.family, [adapter]))
+
+    def update(self, adapter: Adapter) -> "AdapterBank":
+        """A bank with this adapter in the place of the one of its name, whose labels it keeps; without statistics yet.
+
+        Raises:
+            InputError: there is no adapter of this name.
+            MismatchError: it belongs to another family or base.
+        """
+        self.adapter(adapter.name)
+        return self.merge(AdapterBank.build(self.family, [adapter]), replacing=True)
 
     def remove(self, name: str) -> "AdapterBank":
         """A bank without the adapter of this name; the others keep their order and statistics.
@@ -146,9 +186,60 @@ class AdapterBank:
             InputError: there is no such adapter, or it is the last.
         """
         self.adapter(name)
-        kept = [place for place, other in enumerate(self.names) if other != name]
-        bank = AdapterBank.build(self.family, [self.adapters[place] for place in kept], access=self.access)
-        return bank if self.statistics is None else bank.with_statistics(self.statistics.select(kept, bank.layers))
+        if len(self.adapters) == 1:
+            raise InputError("a bank needs at least one adapter", where=name, remedy="add another one first")
+        return self._joined([self], [Pick(0, place) for place, other in enumerate(self.names) if other != name])
+
+    def merge(self, other: "AdapterBank", *, replacing: bool = False) -> "AdapterBank":
+        """A bank of both; factors and statistics are copied, not a bit of any is computed anew.
+
+        This bank's adapters keep their order, the other's follow. Statistics of the other bank that were taken in
+        another way than this one's are left out, so that `calibrate` those first where that matters. The bank
+        insists on permitted sets if one of the two does.
+
+        Args:
+            other: of the same family.
+            replacing: let an adapter of the other bank take the place of one of its name, instead of refusing.
+
+        Raises:
+            InputError: both have an adapter of one name.
+            MismatchError: the other bank is of another family.
+        """
+        if other.family.fingerprint != self.family.fingerprint:
+            raise MismatchError(
+                f"its family is {other.family.fingerprint[:12]}, this bank's {self.family.fingerprint[:12]}",
+                where="the other bank",
+                remedy="merge banks of one family, or add its adapters as foreign ones",
+            )
+        theirs = {name: Pick(1, place) for place, name in enumerate(other.names)}
+        mine = {name: Pick(0, place) for place, name in enumerate(self.names)}
+        taken = [name for name in theirs if name in mine]
+        if taken and not replacing:
+            raise InputError(
+                "this adapter name is taken", where=taken[0], remedy="give it another name, update it, or remove one"
+            )
+        return self._joined([self, other], list((mine | theirs).values()))
+
+    def _joined(self, sources: Sequence["AdapterBank"], picks: Sequence[Pick]) -> "AdapterBank":
+        """The bank of the picked adapters; an adapter that replaces another keeps its labels if it has none."""
+        members = tuple(sources[pick.source].adapters[pick.place] for pick in picks)
+        modules = _modules(self.family, members)
+        tables = [source.layers for source in sources]
+        layers = {module: joined_factors(module, members, tables, picks) for module in modules}
+        labels: dict[str, Labels] = {}
+        for source in sources:
+            labels |= source.labels
+        bank = AdapterBank(
+            self.family,
+            members,
+            MappingProxyType(layers),
+            None,
+            "required" if any(source.access == "required" for source in sources) else "open",
+            MappingProxyType({member.name: labels[member.name] for member in members if member.name in labels}),
+        )
+        sizes = [len(source.adapters) for source in sources]
+        found = joined_statistics([source.statistics for source in sources], sizes, picks, modules)
+        return bank if found is None else bank.with_statistics(completed(found, bank.layers, members))
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Return if the model has every layer that the bank's adapters change.
@@ -161,6 +252,14 @@ class AdapterBank:
                 adapted_layers(model, adapter.shapes())
             except MismatchError as error:
                 raise MismatchError(error.what, where=adapter.name, remedy=error.remedy) from error
+
+
+def _modules(family: AdapterFamily, members: Sequence[Adapter]) -> list[str]:
+    """The modules that the members change: the family's in its order, foreign ones behind."""
+    modules = dict.fromkeys(family.plan.modules)
+    modules |= dict.fromkeys(module for adapter in members for module in adapter.plan.modules)
+    used = {module for adapter in members for module in adapter.plan.modules}
+    return [module for module in modules if module in used]
 
 
 def _admitted(adapter: Adapter, family: AdapterFamily) -> Adapter:

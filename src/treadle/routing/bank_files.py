@@ -4,15 +4,16 @@
     family/                         the family's folder
     adapters/NAME-DIGEST.safetensors    lora_B of a member; lora_A and lora_B of a foreign adapter
     factors-DIGEST.safetensors      Gram factors of all layers
-    calibration-DIGEST.safetensors  mean and std of all layers
+    calibration-DIGEST.safetensors  mean and std of all layers; the moments of z, if it is analytic
+    public-text-DIGEST.json         the passages that a public calibration read, for adapters to come
+    versions/                       earlier `bank.json`s, whose files are kept too (see `bank_versions`)
 
 Opening reads the factors and the statistics; a lora_B is read from its memory-mapped file when it first acts.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast, get_args
@@ -29,18 +30,20 @@ from treadle.family.family import AdapterFamily
 from treadle.family.peft_format import read_tensors
 from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
+from treadle.routing.access import Labels, checked_labels
 from treadle.routing.bank import Access, AdapterBank
-from treadle.routing.calibration import Statistics
+from treadle.routing.bank_versions import METADATA, archive, bank_digest, metadata_of, number_of, sweep
+from treadle.routing.calibration import LatentMoments, Method, Statistics
 from treadle.routing.factors import Group, LayerFactors, assemble, grouped
 
-FORMAT = "treadle.bank/1"
-METADATA = "bank.json"
+FORMAT = "treadle.bank/2"
 
 
 class MappedTensors(Mapping[str, Tensor]):
     """The tensors of one safetensors file under `prefix`, each read from the mapped file when it is asked for."""
 
     def __init__(self, path: Path, prefix: str) -> None:
+        self.path = path
         try:
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError as error:
@@ -67,8 +70,13 @@ class MappedTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def save_bank(bank: AdapterBank, folder: Path) -> None:
-    """Write the bank into `folder`; a bank that stands there is replaced in one rename, or stays if anything fails.
+def save_bank(bank: AdapterBank, folder: Path, *, passages: Sequence[str] = ()) -> None:
+    """Write the bank into `folder`, as the next version of one that stands there; it stays if anything fails.
+
+    Args:
+        bank: to write.
+        folder: a new one, or one that holds a bank of this family.
+        passages: the public text that it was calibrated with, if that is to be kept for adapters to come.
 
     Raises:
         InputError: the folder holds a bank of another family, or something else than a bank.
@@ -77,29 +85,48 @@ def save_bank(bank: AdapterBank, folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         with files.new_folder(folder, overwrite=True) as temporary:
             bank.family.save(temporary / "family")
-            _write(bank, temporary)
+            _write(bank, temporary, passages, version=1)
         return
     if not (folder / METADATA).exists():
         raise InputError("the folder is not empty and holds no bank", where=folder, remedy="choose another folder")
     if AdapterFamily.load(folder / "family").fingerprint != bank.family.fingerprint:
         raise InputError("the folder holds a bank of another family", where=folder, remedy="choose another folder")
-    _sweep(folder, _write(bank, folder))
+    present = number_of(files.read_json(folder / METADATA), where=folder / METADATA)
+    _write(bank, folder, passages, version=present + 1)
+    sweep(folder)
 
 
-def _write(bank: AdapterBank, folder: Path) -> dict[str, object]:
-    """Write what `bank.json` names, then `bank.json`; return its content."""
-    entries = [_write_adapter(folder, adapter) for adapter in bank.adapters]
+def _write(bank: AdapterBank, folder: Path, passages: Sequence[str], *, version: int) -> None:
+    """Write what `bank.json` will name, keep the present `bank.json`, then replace it."""
     content: dict[str, object] = {
         "format": FORMAT,
+        "version": version,
         "family": bank.family.fingerprint,
         "access": bank.access,
-        "adapters": entries,
+        "adapters": [_write_adapter(folder, adapter, bank) for adapter in bank.adapters],
         "modules": list(bank.layers),
         "factors": _write_tensors(folder, "factors", _factor_tensors(bank)),
         "calibration": None if bank.statistics is None else _write_statistics(folder, bank.statistics),
     }
+    if passages and bank.statistics is not None and bank.statistics.digest:
+        text = {"source": bank.statistics.source, "passages": list(passages)}
+        files.write_json(_text_file(folder, bank.statistics.digest), text)
+    if version > 1:
+        archive(folder)
     files.write_json(folder / METADATA, content)
-    return content
+
+
+def _text_file(folder: Path, digest: str) -> Path:
+    return folder / f"public-text-{digest[:16]}.json"
+
+
+def kept_passages(folder: Path, bank: AdapterBank) -> tuple[str, ...]:
+    """The public passages that the bank in `folder` was calibrated with; none if it was not, or they are lost."""
+    if bank.statistics is None or not bank.statistics.digest:
+        return ()
+    path = _text_file(folder, bank.statistics.digest)
+    passages = files.read_json(path).get("passages") if path.exists() else None
+    return tuple(str(passage) for passage in passages) if isinstance(passages, list) else ()
 
 
 def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
@@ -112,20 +139,30 @@ def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> st
     return name
 
 
-def _write_adapter(folder: Path, adapter: Adapter) -> dict[str, object]:
-    tensors = {f"lora_B/{module}": B for module, B in adapter.lora_B.items()}
-    if adapter.family is None:
-        tensors |= {f"lora_A/{module}": A for module, A in adapter.lora_A.items()}
+def _write_adapter(folder: Path, adapter: Adapter, bank: AdapterBank) -> dict[str, object]:
     return {
         "name": adapter.name,
-        "file": _write_tensors(folder, f"adapters/{adapter.name}", tensors),
+        "file": _adapter_file(folder, adapter),
         "family": adapter.family,
         "base": None if adapter.base is None else asdict(adapter.base),
         "plan": None if adapter.family is not None else adapter.plan.to_json(),
         "task_type": adapter.task_type,
         "transposed": adapter.transposed,
+        "folded_B_sha256": adapter.digest,
         "provenance": asdict(adapter.provenance),
+        "labels": sorted(bank.labels.get(adapter.name, ())),
     }
+
+
+def _adapter_file(folder: Path, adapter: Adapter) -> str:
+    """The file with the adapter's tensors, relative to `folder`; written unless it was opened from there."""
+    mapped = adapter.lora_B
+    if isinstance(mapped, MappedTensors) and mapped.path.is_relative_to(folder.resolve()) and mapped.path.exists():
+        return mapped.path.relative_to(folder.resolve()).as_posix()
+    tensors = {f"lora_B/{module}": B for module, B in adapter.lora_B.items()}
+    if adapter.family is None:
+        tensors |= {f"lora_A/{module}": A for module, A in adapter.lora_A.items()}
+    return _write_tensors(folder, f"adapters/{adapter.name}", tensors)
 
 
 def _factor_tensors(bank: AdapterBank) -> dict[str, Tensor]:
@@ -139,41 +176,39 @@ def _factor_tensors(bank: AdapterBank) -> dict[str, Tensor]:
 def _write_statistics(folder: Path, statistics: Statistics) -> dict[str, object]:
     tensors = {f"mean/{module}": v for module, v in statistics.mean.items()}
     tensors |= {f"std/{module}": v for module, v in statistics.std.items()}
+    for module, moments in statistics.moments.items():
+        tensors |= {f"moments/{module}/mean": moments.mean, f"moments/{module}/scatter": moments.scatter}
+        tensors[f"moments/{module}/count"] = torch.tensor(moments.count)
     return {
         "file": _write_tensors(folder, "calibration", tensors),
+        "method": statistics.method,
         "source": statistics.source,
         "digest": statistics.digest,
+        "date": statistics.date,
         "tokens": statistics.tokens,
-        "spends_privacy": statistics.spends_privacy,
         "ignored_tokens": list(statistics.ignored_tokens),
+        "folded_B_sha256": list(statistics.B_digests),
     }
 
 
-def _sweep(folder: Path, content: Mapping[str, object]) -> None:
-    """Delete the files that an earlier version of this bank left and this one does not name."""
-    calibration = cast("dict[str, object] | None", content["calibration"])
-    kept = {
-        str(content["factors"]),
-        *(str(entry["file"]) for entry in cast("list[dict[str, object]]", content["adapters"])),
-    }
-    kept |= {str(calibration["file"])} if calibration else set()
-    for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
-        if file.relative_to(folder).as_posix() not in kept:
-            with contextlib.suppress(OSError):  # the bank is whole without it; some systems keep open files
-                file.unlink()
-
-
-def load_bank(folder: Path) -> AdapterBank:
+def load_bank(folder: Path, *, version: int | None = None) -> AdapterBank:
     """The bank in `folder`, without reading the adapters' lora_B.
 
+    Args:
+        folder: that `save_bank` wrote.
+        version: an earlier one of `bank_versions.versions`; None for the present one.
+
     Raises:
-        InputError: no such folder, or no bank in it.
+        InputError: no such folder, no bank in it, or no such version.
         FormatError: a file is damaged, missing, or leads out of the folder.
     """
-    path = folder / METADATA
+    path = folder / METADATA if version is None else metadata_of(folder, version)
     content = files.read_json(path)
     if content.get("format") != FORMAT:
-        raise FormatError(f"key 'format' is not {FORMAT!r}", where=path, remedy="give a bank folder")
+        raise FormatError(
+            f"key 'format' is not {FORMAT!r}", where=path, remedy="rebuild the bank with `treadle bank build`"
+        )
+    number_of(content, where=path)
     family = AdapterFamily.load(folder / "family")
     try:
         if content["family"] != family.fingerprint:
@@ -187,6 +222,7 @@ def load_bank(folder: Path) -> AdapterBank:
         tensors = _read_checked(files.contained(folder, str(content["factors"])))
         layers = {module: _open_layer(module, adapters, tensors, path) for module in modules}
         access, calibration = content["access"], content["calibration"]
+        labels = _open_labels(cast("list[dict[str, object]]", content["adapters"]), path)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"key {error} is missing or of a wrong type", where=path, remedy="restore the file"
@@ -195,10 +231,34 @@ def load_bank(folder: Path) -> AdapterBank:
         raise FormatError(f"key 'access' is {access!r}", where=path, remedy="use 'open' or 'required'")
     if len({adapter.name for adapter in adapters}) != len(adapters):
         raise FormatError("two adapters have one name", where=path, remedy="restore the file")
-    bank = AdapterBank(family, adapters, MappingProxyType(layers), None, cast("Access", access))
+    bank = AdapterBank(family, adapters, MappingProxyType(layers), None, cast("Access", access), labels)
     if calibration is None:
         return bank
     return bank.with_statistics(_open_statistics(folder, cast("dict[str, object]", calibration), bank))
+
+
+def load_present(folder: Path) -> tuple[AdapterBank, str]:
+    """The bank in `folder` and the digest of the very version that was read, whoever changes it meanwhile.
+
+    Raises:
+        InputError: no such folder, or no bank in it.
+        FormatError: a file is damaged, missing, or leads out of the folder.
+    """
+    while True:
+        digest = bank_digest(folder)
+        bank = load_bank(folder)
+        if bank_digest(folder) == digest:
+            return bank, digest
+
+
+def _open_labels(rows: Sequence[Mapping[str, object]], path: Path) -> Mapping[str, Labels]:
+    """Adapter → its labels; adapters without any are left out."""
+    found = {str(row["name"]): row.get("labels", []) for row in rows}
+    for name, labels in found.items():
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise FormatError(f"the labels of {name!r} are no list of texts", where=path, remedy="restore the file")
+    checked = {name: checked_labels(cast("list[str]", labels), where=path) for name, labels in found.items()}
+    return MappingProxyType({name: labels for name, labels in checked.items() if labels})
 
 
 def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]) -> Adapter:
@@ -223,6 +283,7 @@ def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]
         provenance_of(row["provenance"], where=folder / METADATA),
         None if row["task_type"] is None else str(row["task_type"]),
         bool(row["transposed"]),
+        known_digest=str(row["folded_B_sha256"]),
     )
 
 
@@ -253,26 +314,51 @@ def _open_layer(module: str, adapters: tuple[Adapter, ...], tensors: Mapping[str
 def _open_statistics(folder: Path, row: Mapping[str, object], bank: AdapterBank) -> Statistics:
     try:
         tensors = _read_checked(files.contained(folder, str(row["file"])))
-        if any(tensor.shape != (len(bank.adapters),) for tensor in tensors.values()):
+        if any(tensor.shape != (len(bank.adapters),) for key, tensor in tensors.items() if key[:7] != "moments"):
             raise FormatError("calibrated for other adapters", where=folder / METADATA, remedy="calibrate again")
+        if row["method"] not in get_args(Method):
+            raise FormatError(f"no such method {row['method']!r}", where=folder / METADATA, remedy="calibrate again")
         return Statistics(
             {module: tensors[f"mean/{module}"] for module in bank.layers},
             {module: tensors[f"std/{module}"] for module in bank.layers},
+            cast("Method", row["method"]),
             str(row["source"]),
             str(row["digest"]),
             int(cast("int", row["tokens"])),
-            bool(row["spends_privacy"]),
             tuple(cast("list[int]", row["ignored_tokens"])),
+            tuple(cast("list[str]", row["folded_B_sha256"])),
+            _open_moments(tensors),
+            str(row["date"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"calibration lacks {error}", where=folder / METADATA, remedy="calibrate again") from error
+
+
+def _open_moments(tensors: Mapping[str, Tensor]) -> dict[str, LatentMoments]:
+    """Module → the stored moments of the family's latents."""
+    modules = [key.split("/")[1] for key in tensors if key.startswith("moments/") and key.endswith("/count")]
+    return {
+        module: LatentMoments(
+            int(tensors[f"moments/{module}/count"]),
+            tensors[f"moments/{module}/mean"],
+            tensors[f"moments/{module}/scatter"],
+        )
+        for module in modules
+    }
 
 
 def verify_bank(folder: Path) -> None:
     """Return if every file of the bank has the digest in its name.
 
     Raises:
-        FormatError: a file was changed.
+        FormatError: a file was changed, or an adapter's digest is not that of its lora_B.
     """
     for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
         _check_digest(file)
+    for adapter in load_bank(folder).adapters:
+        if replace(adapter, known_digest=None).digest != adapter.digest:
+            raise FormatError(
+                f"the digest of {adapter.name!r} is not that of its lora_B",
+                where=folder / METADATA,
+                remedy="restore or rebuild the bank",
+            )

@@ -342,7 +342,11 @@ class RoutedModel(nn.Module):
         finally:
             _CURRENT.reset(token)
 
-    def _watched(self, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, object]) -> None:
+    # Another thread's pass that is under way while these come or go gets them without what is named (torch's way);
+    # it is not this model's pass, so nothing is lost.
+    def _watched(
+        self, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, object] = MappingProxyType({})
+    ) -> None:
         """Note the shape of what the base is about to read: `generate` multiplies rows and shortens steps."""
         current = _CURRENT.get()
         if current is None or current.owner is not self:
@@ -368,7 +372,7 @@ class RoutedModel(nn.Module):
             )
             current.evidence = EvidencePass(before or RunningSums(given.shape[0], given.device), mask)
 
-    def _finished(self, _: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, object], outputs: object) -> None:
+    def _finished(self, _: nn.Module, inputs: tuple[Tensor, ...], named: object, outputs: object = None) -> None:
         """Let the running sums travel with the cache that the base has filled."""
         current = _CURRENT.get()
         if current is None or current.owner is not self or current.evidence is None:
