@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from treadle.cli.console import print_json, print_table, working
-from treadle.cli.options import Base, Json
+from treadle.cli.console import print_json, print_table, remark, say, working
+from treadle.cli.options import Base, Caller, Data, Json, Policy
 from treadle.errors import InputError
 
 commands = typer.Typer(
@@ -33,7 +33,20 @@ Own = Annotated[
         help="An adapter's own text instead of public text, for every adapter; the fleet's ε is then none.",
     ),
 ]
+LabelsOption = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="KEY=VALUE", help="What the adapters are cleared for, for policies; repeat it."),
+]
 TextField = Annotated[str, typer.Option("--field", help="The field that holds the text in a row.")]
+Traffic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--traffic",
+        metavar="FILE",
+        help="Unlabelled prompts (.jsonl or .csv), or aggregates of `treadle bank traffic`; repeat it.",
+    ),
+]
+Tenant = Annotated[str | None, typer.Option("--tenant", metavar="NAME", help="Whose callers sent the traffic.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,6 +60,10 @@ def build_command(
     adapters: Adapters,
     family: Annotated[Path, typer.Option(help="The family's folder.")],
     calibrate: Calibrate = "pydoc",
+    method: Annotated[
+        Literal["public", "analytic"],
+        typer.Option(help="analytic describes adapters by closed forms: those to come cost no reading."),
+    ] = "public",
     own: Own = None,
     field: TextField = "text",
     access: Annotated[
@@ -60,10 +77,11 @@ def build_command(
     Example: treadle bank build bank adapters/sums adapters/families --family family
     """
     from treadle.cli.tables import show_bank_change
-    from treadle.recipes.bank import AdapterPath, OwnSource, PublicSource, build_bank
+    from treadle.recipes.bank import AdapterPath, build_bank
+    from treadle.recipes.calibration import OwnSource, PublicSource
 
     paths = [AdapterPath(*_named(text)) for text in adapters]
-    public = None if calibrate == "none" else PublicSource(calibrate, field=field)
+    public = None if calibrate == "none" else PublicSource(calibrate, field=field, method=method)
     source = OwnSource(_own_texts(own), field=field) if own else public
     with working() as progress:
         change = build_bank(folder, family, paths, source=source, access=access, base=base, progress=progress)
@@ -71,17 +89,77 @@ def build_command(
 
 
 @commands.command("add")
-def add_command(folder: Folder, adapters: Adapters, base: Base = None, json: Json = False) -> None:
-    """Add adapters at the end; statistics from public text are made anew with the same passages.
+def add_command(
+    folder: Folder, adapters: Adapters, label: LabelsOption = None, base: Base = None, json: Json = False
+) -> None:
+    """Add adapters at the end; theirs are the only statistics that are made, with the passages that the others had.
 
-    Example: treadle bank add bank adapters/colours
+    Example: treadle bank add bank adapters/colours --label dept=design
     """
     from treadle.cli.tables import show_bank_change
     from treadle.recipes.bank import AdapterPath, add_adapters
+    from treadle.routing.access import checked_labels
 
-    paths = [AdapterPath(*_named(text)) for text in adapters]
+    paths, labels = [AdapterPath(*_named(text)) for text in adapters], checked_labels(label or (), where="--label")
     with working() as progress:
-        change = add_adapters(folder, paths, base=base, progress=progress)
+        change = add_adapters(folder, paths, labels=labels, base=base, progress=progress)
+    show_bank_change(change, json=json)
+
+
+@commands.command("update")
+def update_command(
+    folder: Folder, adapters: Adapters, label: LabelsOption = None, base: Base = None, json: Json = False
+) -> None:
+    """Put adapters in the places of those of their names; labels stay unless others are given.
+
+    Example: treadle bank update bank colours=adapters/colours-2
+    """
+    from treadle.cli.tables import show_bank_change
+    from treadle.recipes.bank import AdapterPath, update_adapters
+    from treadle.routing.access import checked_labels
+
+    paths, labels = [AdapterPath(*_named(text)) for text in adapters], checked_labels(label or (), where="--label")
+    with working() as progress:
+        change = update_adapters(folder, paths, labels=labels, base=base, progress=progress)
+    show_bank_change(change, json=json)
+
+
+@commands.command("merge")
+def merge_command(
+    folder: Folder,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="A bank of the same family; it stays as it is.")],
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Add all adapters of another bank at the end, with their labels.
+
+    Example: treadle bank merge bank colleagues-bank
+    """
+    from treadle.cli.tables import show_bank_change
+    from treadle.recipes.bank import merge_banks
+
+    with working() as progress:
+        change = merge_banks(folder, other, base=base, progress=progress)
+    show_bank_change(change, json=json)
+
+
+@commands.command("label")
+def label_command(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `treadle bank list`.")],
+    label: LabelsOption = None,
+    json: Json = False,
+) -> None:
+    """Set what an adapter is cleared for; without --label, it is cleared for nothing.
+
+    Example: treadle bank label bank colours --label dept=design --label dept=print
+    """
+    from treadle.cli.tables import show_bank_change
+    from treadle.recipes.bank import label_adapter
+    from treadle.routing.access import checked_labels
+
+    with working() as progress:
+        change = label_adapter(folder, name, checked_labels(label or (), where="--label"), progress=progress)
     show_bank_change(change, json=json)
 
 
@@ -106,25 +184,169 @@ def remove_command(
 @commands.command("calibrate")
 def calibrate_command(
     folder: Folder,
-    calibrate: Annotated[
+    method: Annotated[
+        Literal["public", "analytic", "own", "traffic"], typer.Option(help="How; own and traffic need their files.")
+    ] = "public",
+    text: Annotated[
         str, typer.Option("--text", metavar="TEXT", help="pydoc, or a .txt, .jsonl or .csv file of public text.")
     ] = "pydoc",
     own: Own = None,
+    traffic: Traffic = None,
+    tenant: Tenant = None,
+    if_stale: Annotated[
+        bool, typer.Option("--if-stale", help="Only if the --traffic has left the present statistics.")
+    ] = False,
     field: TextField = "text",
     base: Base = None,
     json: Json = False,
 ) -> None:
-    """Make the statistics of all adapters anew.
+    """Make the statistics of all adapters anew: by what they read, public text, their own, or a tenant's prompts.
 
-    Example: treadle bank calibrate bank --text encyclopedia.jsonl
+    Examples: treadle bank calibrate bank --method analytic --text encyclopedia.jsonl
+    treadle bank calibrate bank --method traffic --traffic prompts.jsonl --tenant clinic --if-stale
     """
     from treadle.cli.tables import show_bank_change
-    from treadle.recipes.bank import OwnSource, PublicSource, calibrate_bank
+    from treadle.recipes.bank import calibrate_bank
+    from treadle.recipes.calibration import OwnSource, PublicSource, TrafficSource
 
-    source = OwnSource(_own_texts(own), field=field) if own else PublicSource(calibrate, field=field)
+    if bool(own) != (method == "own"):
+        raise InputError("--own and --method own go together", where="--own", remedy="pass both, or neither")
+    if bool(traffic) != (method == "traffic" or if_stale):
+        raise InputError(
+            "--traffic goes with --method traffic or --if-stale", where="--traffic", remedy="pass both, or neither"
+        )
+    seen = TrafficSource(*_traffic(traffic, tenant), field) if traffic else None
+    if seen is not None and method == "traffic":
+        source = seen
+    elif own:
+        source = OwnSource(_own_texts(own), field=field)
+    else:
+        source = PublicSource(text, field=field, method="analytic" if method == "analytic" else "public")
     with working() as progress:
-        change = calibrate_bank(folder, source, base=base, progress=progress)
+        change = calibrate_bank(folder, source, if_stale=seen if if_stale else None, base=base, progress=progress)
     show_bank_change(change, json=json)
+    if if_stale and not change.recalibrated:
+        remark("the traffic has not left the statistics: nothing was changed")
+
+
+@commands.command("traffic")
+def traffic_command(
+    folder: Folder,
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Prompts (.jsonl or .csv), or aggregates to merge.")
+    ],
+    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose callers sent them.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The .safetensors file to write.")],
+    field: TextField = "text",
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Write what prompts amount to for this bank: count, mean and spread an adapter and layer, not a word of them.
+
+    Example: treadle bank traffic bank prompts.jsonl --tenant clinic --out clinic-a.safetensors
+    """
+    from treadle.recipes.calibration import TrafficSource, save_traffic
+
+    source = TrafficSource(*_traffic(sources, tenant), field)
+    with working() as progress:
+        seen = save_traffic(folder, source, out, base=base, progress=progress)
+    if json:
+        print_json({"out": out, "tenant": seen.tenant, "prompts": seen.prompts, "tokens": seen.tokens})
+        return
+    say(f"{out}: {seen.prompts:,} prompts of {seen.tenant}, {seen.tokens:,} tokens")
+
+
+@commands.command("drift")
+def drift_command(
+    folder: Folder,
+    traffic: Traffic = None,
+    tenant: Tenant = None,
+    field: TextField = "text",
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Show how far traffic is from the bank's statistics: shift of means in deviations, ratio of deviations.
+
+    Example: treadle bank drift bank --traffic prompts.jsonl --tenant clinic
+    """
+    from treadle.cli.tables import show_drift
+    from treadle.recipes.calibration import TrafficSource, drift_of_bank
+
+    source = TrafficSource(*_traffic(traffic, tenant), field)
+    with working() as progress:
+        found = drift_of_bank(folder, source, base=base, progress=progress)
+    show_drift(found, json=json)
+
+
+@commands.command("versions")
+def versions_command(
+    folder: Folder,
+    forget: Annotated[bool, typer.Option("--forget", help="Delete all but the present one, files included.")] = False,
+    json: Json = False,
+) -> None:
+    """List the versions that are kept, ten at most, the present one last.
+
+    Example: treadle bank versions bank
+    """
+    from dataclasses import asdict
+
+    from treadle.recipes.bank import forget_versions
+    from treadle.routing.bank_versions import versions
+
+    if forget:
+        with working() as progress:
+            gone = forget_versions(folder, progress=progress)
+        remark(f"{gone} earlier versions deleted")
+    rows = versions(folder)
+    if json:
+        print_json([asdict(row) for row in rows])
+        return
+    print_table(
+        f"versions of bank {folder.resolve().name}",
+        ("version", "written (UTC)", "changes", "adapters", "SHA-256"),
+        [(r.number, r.written, ", ".join(r.changes) or None, len(r.adapters), r.digest[:12]) for r in rows],
+    )
+
+
+@commands.command("rollback")
+def rollback_command(
+    folder: Folder,
+    to: Annotated[int | None, typer.Option(metavar="N", help="A version; the one before this if not given.")] = None,
+    json: Json = False,
+) -> None:
+    """Make the bank what it was; that is a new version, so a rollback can be rolled back.
+
+    Example: treadle bank rollback bank --to 3
+    """
+    from treadle.cli.tables import show_bank_change
+    from treadle.recipes.bank import roll_back
+
+    with working() as progress:
+        change = roll_back(folder, to, progress=progress)
+    show_bank_change(change, json=json)
+
+
+@commands.command("permitted")
+def permitted_command(folder: Folder, policy: Policy, caller: Caller, label: Data = None, json: Json = False) -> None:
+    """Show which adapters a policy lets a caller use for such data, and why: for operators, not for callers.
+
+    Example: treadle bank permitted bank --policy policy.toml --caller alice --label dept=oncology
+    """
+    from dataclasses import asdict
+
+    from treadle.recipes.access import AccessQuestion, permitted_of
+    from treadle.routing.bank_files import load_bank
+
+    found = permitted_of(load_bank(folder), AccessQuestion(policy, caller, tuple(label or ())))
+    if json:
+        print_json({"caller": caller, **asdict(found), "permitted": sorted(found.permitted)})
+        return
+    roles = ", ".join(found.roles) or "none"
+    print_table(
+        f"caller {caller}, roles: {roles}",
+        ("adapter", "permitted", "why"),
+        [(verdict.adapter, "yes" if verdict.permitted else "no", verdict.reason) for verdict in found.verdicts],
+    )
 
 
 @commands.command("list")
@@ -136,7 +358,8 @@ def list_command(folder: Folder, json: Json = False) -> None:
     from treadle.recipes.inspect import inspect_bank
     from treadle.routing.bank_files import load_bank
 
-    found = inspect_bank(load_bank(folder), folder.resolve().name)
+    bank = load_bank(folder)
+    found = inspect_bank(bank, folder.resolve().name)
     rows = [
         {
             "name": member.name,
@@ -146,17 +369,19 @@ def list_command(folder: Folder, json: Json = False) -> None:
             "epsilon": "none" if member.epsilon is None else member.epsilon,
             "base": member.base,
             "calibrated": member.calibrated,
+            "labels": sorted(bank.labels.get(member.name, ())),
         }
         for member in found.members
     ]
     if json:
         print_json({"bank": found.name, "calibration": found.facts["calibration"], "adapters": rows})
         return
-    columns = ("name", "path", "method", "data", "epsilon", "base", "calibrated")
+    columns = ("name", "path", "method", "data", "epsilon", "base", "calibrated", "labels")
+    shown = {"calibrated": lambda value: "yes" if value else "no", "labels": lambda value: ", ".join(value) or None}
     print_table(
         f"bank {found.name}, calibration: {found.facts['calibration']}",
         columns,
-        [[("yes" if row[c] else "no") if c == "calibrated" else row[c] for c in columns] for row in rows],
+        [[shown.get(column, lambda value: value)(row[column]) for column in columns] for row in rows],
     )
 
 
@@ -164,6 +389,13 @@ def _named(text: str) -> tuple[Path, str | None]:
     """FOLDER or NAME=FOLDER."""
     name, equals, folder = text.partition("=")
     return (Path(folder), name) if equals and not Path(text).is_dir() else (Path(text), None)
+
+
+def _traffic(sources: list[str] | None, tenant: str | None) -> tuple[tuple[str, ...], str]:
+    """The files of --traffic and the name of --tenant."""
+    if not sources or not tenant:
+        raise InputError("--traffic and --tenant go together", where="--tenant", remedy="say whose callers they are")
+    return tuple(sources), tenant
 
 
 def _own_texts(own: list[str]) -> dict[str, str]:

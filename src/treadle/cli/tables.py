@@ -3,6 +3,7 @@
 Imported inside the commands, since the recipes' types bring torch with them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from treadle.recipes.evaluate import Evaluation
 from treadle.recipes.inspect import Inspection, Member
 from treadle.recipes.route import Choice, RouteResult
 from treadle.recipes.train import TrainedAdapter
+from treadle.routing.calibration import Drift
 
 
 def show_bank_change(change: BankChange, *, json: bool) -> None:
@@ -27,6 +29,7 @@ def show_bank_change(change: BankChange, *, json: bool) -> None:
                 "adapters": change.bank.names,
                 "access": change.bank.access,
                 "calibration": None if statistics is None else statistics.source,
+                "method": None if statistics is None else statistics.method,
                 "calibration_sha256": None if statistics is None else statistics.digest or None,
                 "recalibrated": change.recalibrated,
                 "uncalibrated": change.uncalibrated,
@@ -35,10 +38,41 @@ def show_bank_change(change: BankChange, *, json: bool) -> None:
         return
     say(f"{change.folder}: {len(change.bank.names)} adapters: {', '.join(change.bank.names)}")
     if change.recalibrated and statistics is not None:
-        say(f"calibrated on {statistics.source} ({statistics.tokens:,} tokens)")
+        say(f"calibrated on {statistics.source} ({statistics.method}, {statistics.tokens:,} tokens)")
     if change.uncalibrated:
         waiting = ", ".join(change.uncalibrated)
         remark(f"without statistics, so never chosen by z-score: {waiting}; run treadle bank calibrate {change.folder}")
+
+
+def show_drift(found: Drift, *, json: bool) -> None:
+    """Print how far traffic is from a bank's statistics."""
+    adapters = [(name, *found.of_adapter(name), name in found.stale_adapters) for name in found.names]
+    kinds = [(kind, *found.of_kind(kind)) for kind in found.kinds]
+    if json:
+        print_json(
+            {
+                "stale": found.stale,
+                "limits": {"shift": found.shift_limit, "ratio": found.ratio_limit},
+                "adapters": [
+                    {"name": name, "shift": _known(shift), "ratio": _known(ratio), "stale": stale}
+                    for name, shift, ratio, stale in adapters
+                ],
+                "kinds": [
+                    {"kind": kind, "shift": _known(shift), "ratio": _known(ratio)} for kind, shift, ratio in kinds
+                ],
+            }
+        )
+        return
+    print_table(
+        "traffic against the statistics, over all modules",
+        ("adapter", "shift of the mean (deviations)", "ratio of deviations", "stale"),
+        [(name, shift, ratio, "yes" if stale else "no") for name, shift, ratio, stale in adapters],
+    )
+    print_table("by kind of module, without sign", ("kind", "shift", "ratio − 1"), kinds)
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
 
 
 def _content(found: Inspection) -> dict[str, object]:

@@ -47,7 +47,7 @@ def public_texts(
     elif Path(source).suffix == ".txt":
         found = _cut([_read(Path(source))], words)
     else:
-        found = (" ".join(text.split()[:words]) for text in _column(source, field))
+        found = (" ".join(text.split()[:words]) for text in field_texts(source, field))
     passages = sorted(
         {text for text in found if text}, key=lambda text: hashlib.sha256(f"{seed}/{text}".encode()).digest()
     )
@@ -101,7 +101,12 @@ def _read(path: Path) -> str:
         raise FormatError("not UTF-8", where=path, remedy="convert the file to UTF-8") from error
 
 
-def _column(source: str, field: str) -> Iterator[str]:
+def field_texts(source: str, field: str) -> Iterator[str]:
+    """The text in this field of every row of a source of `read_rows`.
+
+    Raises:
+        InputError: no such source, or a row without the field.
+    """
     for number, row in enumerate(read_rows(source), start=1):
         text = row.get(field)
         if not isinstance(text, str):

@@ -1,60 +1,34 @@
 """Banks as folders: built, changed and calibrated, one process at a time.
 
 The public text that a bank was calibrated with is kept beside it (`public-text-DIGEST.json`): a new adapter is then
-calibrated with the very same passages, on any machine and under any release of Python.
+calibrated with the very same passages, on any machine and under any release of Python. Each change is a new version;
+see `routing.bank_versions`.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from treadle import files
-from treadle.data.public_text import public_texts
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
-from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.recipes.bases import base_folder
+from treadle.recipes.calibration import (
+    OwnSource,
+    PublicSource,
+    Source,
+    TrafficSource,
+    calibrated,
+    calibration_of,
+    collected_traffic,
+)
+from treadle.routing.access import Labels
 from treadle.routing.bank import Access, AdapterBank
-from treadle.routing.bank_files import load_bank, save_bank
-from treadle.routing.calibration import Calibration, OwnCalibration, PublicCalibration
-
-_KEPT = "public-text"
-
-
-@dataclass(frozen=True)
-class PublicSource:
-    """One public text for every adapter.
-
-    Attributes:
-        text: "pydoc", the language reference that every Python carries; a .txt file; or a source of `read_rows`.
-        limit: passages at most.
-        words: of a passage, at most.
-        seed: of the choice of passages.
-        field: that holds the text in a row.
-    """
-
-    text: str = "pydoc"
-    limit: int = 200
-    words: int = 60
-    seed: int = 0
-    field: str = "text"
-
-
-@dataclass(frozen=True)
-class OwnSource:
-    """Each adapter's own training text, by adapter name; what it makes is a release that no ε accounts for."""
-
-    texts: Mapping[str, str]
-    limit: int = 200
-    words: int = 60
-    seed: int = 0
-    field: str = "text"
-
-
-Source = PublicSource | OwnSource
+from treadle.routing.bank_files import kept_passages, load_bank, save_bank
+from treadle.routing.bank_versions import sweep, versions
+from treadle.routing.calibration import AnalyticCalibration, Calibration, PublicCalibration, drift
 
 
 @dataclass(frozen=True)
@@ -72,7 +46,7 @@ class BankChange:
     Attributes:
         folder: of the bank.
         bank: as stored.
-        recalibrated: whether the change calibrated it anew.
+        recalibrated: whether the change took statistics of adapters from text.
         uncalibrated: adapters that z-scores cannot choose, because no statistics describe them.
     """
 
@@ -87,7 +61,7 @@ def build_bank(
     family: Path,
     adapters: Sequence[AdapterPath],
     *,
-    source: Source | None,
+    source: PublicSource | OwnSource | None,
     access: Access = "open",
     base: str | None = None,
     progress: Progress = silent,
@@ -114,27 +88,138 @@ def build_bank(
     opened = [Adapter.load(path.folder, family=members, name=path.name) for path in adapters]
     bank = AdapterBank.build(members, opened, access=access)
     with _alone(folder, progress):
-        return _stored(folder, bank, source, base, progress)
+        return _written(folder, bank, progress) if source is None else _stored(folder, bank, source, base, progress)
 
 
 def add_adapters(
-    folder: Path, adapters: Sequence[AdapterPath], *, base: str | None = None, progress: Progress = silent
+    folder: Path,
+    adapters: Sequence[AdapterPath],
+    *,
+    labels: Labels = frozenset(),
+    base: str | None = None,
+    progress: Progress = silent,
 ) -> BankChange:
-    """The bank in `folder` with more adapters at its end, calibrated anew if its statistics came from public text.
+    """The bank in `folder` with more adapters at its end; their statistics are made as the others' were.
+
+    Args:
+        folder: of the bank.
+        adapters: to add; the others' factors and statistics stay as they are, bit for bit.
+        labels: that each of them carries.
+        base: where the base model is, if its name does not say; read only where statistics need it.
+        progress: told of the calibration.
 
     Raises:
         InputError: no bank, a file is missing, or a name is taken.
         MismatchError: an adapter of another family, or another base.
         FormatError: a file is damaged.
     """
+    return _joined(folder, adapters, labels, base, progress, replacing=False)
+
+
+def update_adapters(
+    folder: Path,
+    adapters: Sequence[AdapterPath],
+    *,
+    labels: Labels = frozenset(),
+    base: str | None = None,
+    progress: Progress = silent,
+) -> BankChange:
+    """The bank in `folder` with these adapters in the places of those of their names.
+
+    Args:
+        folder: of the bank.
+        adapters: whose names are in the bank.
+        labels: that each of them carries from now on; none leaves them those that the replaced ones carried.
+        base: as in `add_adapters`.
+        progress: told of the calibration.
+
+    Raises:
+        InputError: no bank, a file is missing, or no adapter of a name.
+        MismatchError: an adapter of another family, or another base.
+        FormatError: a file is damaged.
+    """
+    return _joined(folder, adapters, labels, base, progress, replacing=True)
+
+
+def _joined(
+    folder: Path,
+    adapters: Sequence[AdapterPath],
+    labels: Labels,
+    base: str | None,
+    progress: Progress,
+    *,
+    replacing: bool,
+) -> BankChange:
     with _alone(folder, progress):
         bank = load_bank(folder)
-        for path in adapters:
-            bank = bank.add(Adapter.load(path.folder, family=bank.family, name=path.name))
-        kept = _kept_texts(folder, bank)
-        if kept is None:
-            return _stored(folder, bank, None, base, progress)
-        return _calibrated(folder, bank, kept, base, progress)
+        opened = [Adapter.load(path.folder, family=bank.family, name=path.name) for path in adapters]
+        for adapter in opened:
+            if replacing:
+                bank.adapter(adapter.name)
+            elif adapter.name in bank.names:
+                raise InputError(
+                    "this adapter name is taken", where=adapter.name, remedy="give it another name, or update it"
+                )
+        fresh = AdapterBank.build(bank.family, opened)
+        for name in fresh.names if labels else ():
+            fresh = fresh.labelled(name, labels)
+        measured, read = _measured(folder, bank, fresh, base, progress)
+        return _written(folder, bank.merge(measured, replacing=replacing), progress, recalibrated=read)
+
+
+def merge_banks(folder: Path, other: Path, *, base: str | None = None, progress: Progress = silent) -> BankChange:
+    """The bank in `folder` with all adapters of the bank in `other` at its end, their labels included.
+
+    Statistics that the other bank took in another way are made anew, as this bank's were.
+
+    Raises:
+        InputError: a bank is missing, or both have an adapter of one name.
+        MismatchError: banks of two families.
+    """
+    with _alone(folder, progress):
+        bank, theirs = load_bank(folder), load_bank(other)
+        bank.merge(theirs)  # refuses before anything is measured
+        mine, found = bank.statistics, theirs.statistics
+        if mine is None or (found is not None and mine.alike(found)):
+            return _written(folder, bank.merge(theirs), progress)
+        measured, read = _measured(folder, bank, theirs, base, progress)
+        return _written(folder, bank.merge(measured), progress, recalibrated=read)
+
+
+def label_adapter(folder: Path, name: str, labels: Labels, *, progress: Progress = silent) -> BankChange:
+    """The bank in `folder`, in which this adapter carries these labels and no others.
+
+    Raises:
+        InputError: no bank, or no such adapter.
+    """
+    with _alone(folder, progress):
+        return _written(folder, load_bank(folder).labelled(name, labels), progress)
+
+
+def roll_back(folder: Path, to: int | None = None, *, progress: Progress = silent) -> BankChange:
+    """The bank in `folder` as it was in an earlier version, the one before this if none is named; a new version.
+
+    Raises:
+        InputError: no bank, no such version, or none before this one.
+        FormatError: a file of that version is damaged.
+    """
+    with _alone(folder, progress):
+        kept = versions(folder)
+        if to is None and len(kept) == 1:
+            raise InputError("there is no earlier version", where=folder, remedy="see `treadle bank versions`")
+        return _written(folder, load_bank(folder, version=kept[-2].number if to is None else to), progress)
+
+
+def forget_versions(folder: Path, *, progress: Progress = silent) -> int:
+    """How many earlier versions were deleted, with every file that only they named: nobody can go back to them.
+
+    Raises:
+        InputError: no bank.
+    """
+    with _alone(folder, progress):
+        earlier = len(versions(folder)) - 1
+        sweep(folder, keep=1)
+        return earlier
 
 
 def remove_adapters(folder: Path, names: Sequence[str], *, progress: Progress = silent) -> BankChange:
@@ -147,65 +232,72 @@ def remove_adapters(folder: Path, names: Sequence[str], *, progress: Progress = 
         bank = load_bank(folder)
         for name in names:
             bank = bank.remove(name)
-        return _stored(folder, bank, None, None, progress)
+        return _written(folder, bank, progress)
 
 
-def calibrate_bank(folder: Path, source: Source, *, base: str | None = None, progress: Progress = silent) -> BankChange:
+def calibrate_bank(
+    folder: Path,
+    source: Source,
+    *,
+    if_stale: TrafficSource | None = None,
+    base: str | None = None,
+    progress: Progress = silent,
+) -> BankChange:
     """The bank in `folder` with statistics from this source.
 
+    Args:
+        folder: of the bank.
+        source: of the statistics.
+        if_stale: traffic; unless it has left the present statistics (`routing.calibration.drift`), nothing is done.
+        base: where the base model is, if its name does not say.
+        progress: told of the calibration.
+
     Raises:
-        InputError: no bank, no text, or an adapter without text of its own.
+        InputError: no bank, no text, too little traffic, or an adapter without text of its own.
         MismatchError: another base.
     """
     with _alone(folder, progress):
-        return _stored(folder, load_bank(folder), source, base, progress)
+        bank = load_bank(folder)
+        seen = None if if_stale is None else collected_traffic(bank, if_stale, base, progress)
+        if seen is not None and bank.statistics is not None and not drift(bank.statistics, seen, bank.adapters).stale:
+            return BankChange(folder, bank, False, _uncalibrated(bank))
+        if not isinstance(source, TrafficSource):
+            return _stored(folder, bank, source, base, progress)
+        if seen is None or source != if_stale:
+            seen = collected_traffic(bank, source, base, progress)
+        return _written(folder, bank.with_statistics(seen.statistics(bank.adapters)), progress, recalibrated=True)
 
 
-def _stored(folder: Path, bank: AdapterBank, source: Source | None, base: str | None, progress: Progress) -> BankChange:
-    """Write the bank, calibrated by `source` if there is one."""
-    if source is not None:
-        return _calibrated(folder, bank, _calibration(source, bank.names), base, progress)
-    progress("writing the bank", 0, 0)
-    save_bank(bank, folder)
-    return BankChange(folder, bank, False, _uncalibrated(bank))
-
-
-def _calibrated(
-    folder: Path, bank: AdapterBank, calibration: Calibration, base: str | None, progress: Progress
+def _stored(
+    folder: Path, bank: AdapterBank, source: PublicSource | OwnSource, base: str | None, progress: Progress
 ) -> BankChange:
-    place = str(base_folder(bank.family.base, base, progress=progress))
-    progress("loading the base model", 0, 0)
-    model, tokenizer = load_model(place), load_tokenizer(place)
-    ready = bank.calibrate(calibration, model=model, tokenizer=tokenizer, progress=progress)
+    """Write the bank, calibrated by `source`."""
+    calibration = calibration_of(source, bank.names)
+    ready = calibrated(bank, calibration, base, progress)
     progress("writing the bank", 0, 0)
     store_bank(ready, folder, calibration)
     return BankChange(folder, ready, True, _uncalibrated(ready))
 
 
-def _calibration(source: Source, names: Sequence[str]) -> Calibration:
-    if isinstance(source, PublicSource):
-        found = public_texts(source.text, limit=source.limit, words=source.words, seed=source.seed, field=source.field)
-        return PublicCalibration(found.passages, name=_label(source.text))
-    missing = [name for name in names if name not in source.texts]
-    if missing:
-        raise InputError(f"no text of its own for adapter {missing[0]!r}", remedy=f"pass --own {missing[0]}=FILE")
-    unknown = [name for name in source.texts if name not in names]
-    if unknown:
-        raise InputError(f"no adapter {unknown[0]!r} in the bank", remedy=f"choose among {', '.join(names)}")
-    # The same reader cuts any text into passages; nothing here becomes public by it.
-    return OwnCalibration(
-        {
-            name: public_texts(
-                text, limit=source.limit, words=source.words, seed=source.seed, field=source.field
-            ).passages
-            for name, text in source.texts.items()
-        }
-    )
+def _written(folder: Path, bank: AdapterBank, progress: Progress, *, recalibrated: bool = False) -> BankChange:
+    progress("writing the bank", 0, 0)
+    save_bank(bank, folder)
+    return BankChange(folder, bank, recalibrated, _uncalibrated(bank))
 
 
-def _label(text: str) -> str:
-    """What the bank calls the text: a file's own name, never its path."""
-    return Path(text).name if Path(text).exists() else text
+def _measured(
+    folder: Path, bank: AdapterBank, fresh: AdapterBank, base: str | None, progress: Progress
+) -> tuple[AdapterBank, bool]:
+    """A bank of new adapters with statistics made as those of `bank` were, and whether text was read for that.
+
+    None is read for members of the family under `analytic`: the bank's own moments describe them when banks merge.
+    """
+    passages, found = kept_passages(folder, bank), bank.statistics
+    unknown = set(fresh.names) & set(_uncalibrated(bank.merge(fresh, replacing=True)))
+    if found is None or not passages or not unknown:
+        return fresh, False
+    kind = AnalyticCalibration if found.method == "analytic" else PublicCalibration
+    return calibrated(fresh, kind(passages, name=found.source), base, progress), True
 
 
 def _uncalibrated(bank: AdapterBank) -> tuple[str, ...]:
@@ -223,29 +315,8 @@ def store_bank(bank: AdapterBank, folder: Path, calibration: Calibration) -> Non
         InputError: the folder holds a bank of another family, or something else than a bank.
         UnavailableError: the disk refuses.
     """
-    save_bank(bank, folder)
-    for old in folder.glob(f"{_KEPT}-*.json"):
-        old.unlink()
-    if isinstance(calibration, PublicCalibration) and bank.statistics is not None:
-        content = {"source": calibration.name, "passages": list(calibration.texts)}
-        files.write_json(_kept_file(folder, bank.statistics.digest), content)
-
-
-def _kept_texts(folder: Path, bank: AdapterBank) -> PublicCalibration | None:
-    """The public passages that the bank's statistics came from; None if they came from elsewhere or are lost."""
-    if bank.statistics is None or bank.statistics.spends_privacy:
-        return None
-    path = _kept_file(folder, bank.statistics.digest)
-    if not path.exists():
-        return None
-    passages = files.read_json(path).get("passages")
-    if not isinstance(passages, list) or not passages:
-        return None
-    return PublicCalibration([str(passage) for passage in passages], name=bank.statistics.source)
-
-
-def _kept_file(folder: Path, digest: str) -> Path:
-    return folder / f"{_KEPT}-{digest[:16]}.json"
+    public = isinstance(calibration, PublicCalibration | AnalyticCalibration)
+    save_bank(bank, folder, passages=calibration.texts if public else ())
 
 
 @contextlib.contextmanager

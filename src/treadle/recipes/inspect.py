@@ -232,8 +232,11 @@ def inspect_bank(
     }
     if statistics is not None:
         facts["calibration tokens"] = str(statistics.tokens)
-        facts["calibration text"] = "the adapters' own data" if statistics.spends_privacy else "public"
-        facts["calibration sha256"] = statistics.digest or "not kept: own data"
+        facts["calibration method"] = f"{statistics.method}, {statistics.date}"
+        facts["calibration text"] = statistics.text_read
+        facts["calibration sha256"] = statistics.digest or f"not kept: {statistics.text_read}"
+        if statistics.method == "traffic":
+            facts["beyond the adapters' ε"] = "the statistics are a release about the callers whose prompts they saw"
     return Inspection(
         "bank",
         name,

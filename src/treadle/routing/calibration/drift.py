@@ -36,16 +36,24 @@ class Drift:
     ratio_limit: float
     uncalibrated: tuple[str, ...]
 
-    def of_adapter(self, name: str, modules: Sequence[str] | None = None) -> tuple[float, float]:
-        """The mean shift and the geometric mean ratio of an adapter over these modules, None for all that are known.
-
-        NaN where none is known.
-        """
+    def of_adapter(self, name: str) -> tuple[float, float]:
+        """The mean shift and the geometric mean ratio of an adapter over its modules; NaN if nothing is known."""
         place = self.names.index(name)
-        chosen = list(self.shift) if modules is None else modules
-        shifts = torch.stack([self.shift[module][place] for module in chosen])
-        ratios = torch.stack([self.ratio[module][place] for module in chosen])
+        shifts = torch.stack([values[place] for values in self.shift.values()])
+        ratios = torch.stack([values[place] for values in self.ratio.values()])
         return float(shifts.nanmean()), float(ratios.log().nanmean().exp())
+
+    def of_kind(self, kind: str) -> tuple[float, float]:
+        """The means of abs(shift) and abs(ratio − 1) over all adapters and the modules whose last name is `kind`."""
+        chosen = [module for module in self.shift if module.rsplit(".", 1)[-1] == kind]
+        shifts = torch.cat([self.shift[module] for module in chosen])
+        ratios = torch.cat([self.ratio[module] for module in chosen])
+        return float(shifts.abs().nanmean()), float((ratios - 1.0).abs().nanmean())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The last names of the modules, in their order."""
+        return tuple(dict.fromkeys(module.rsplit(".", 1)[-1] for module in self.shift))
 
     @property
     def stale_adapters(self) -> tuple[str, ...]:

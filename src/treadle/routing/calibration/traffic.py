@@ -147,12 +147,17 @@ class TrafficStatistics:
         columns = list(self.adapters)
         known = [columns.index(a.name) if self.adapters.get(a.name) == a.digest else None for a in adapters]
 
-        def row(values: Tensor) -> Tensor:
-            return torch.stack([values.new_tensor(torch.nan) if at is None else values[at] for at in known])
+        modules = dict.fromkeys(module for adapter in adapters for module in adapter.plan.modules)
 
+        def row(values: Mapping[str, Tensor], module: str) -> Tensor:
+            column = [torch.nan if at is None or module not in values else float(values[module][at]) for at in known]
+            return torch.tensor(column, dtype=torch.float64)
+
+        means = {module: found.mean for module, found in self.moments.items()}
+        stds = {module: found.std for module, found in self.moments.items()}
         return Statistics(
-            {module: row(found.mean) for module, found in self.moments.items()},
-            {module: row(found.std) for module, found in self.moments.items()},
+            {module: row(means, module) for module in modules},
+            {module: row(stds, module) for module in modules},
             "traffic",
             f"traffic:{self.tenant}",
             "",
