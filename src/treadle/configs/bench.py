@@ -4,6 +4,7 @@ from pydantic import Field, model_validator
 
 from treadle.configs.fleet import FleetRun
 from treadle.configs.toml import RunConfig
+from treadle.routing.routed import Granularity
 
 
 class RoutingExactnessRun(RunConfig):
@@ -112,3 +113,35 @@ class RoutingContinualRun(RunConfig):
         if self.updated not in self.fleet.tasks:
             raise ValueError(f"updated is {self.updated!r}, which is none of fleet.tasks")
         return self
+
+
+class RoutingModelCostRun(RunConfig):
+    """`routing-model-cost`.
+
+    Attributes:
+        base: the base model.
+        rank: of every adapter at every layer.
+        size: deviation of the entries of lora_B.
+        adapters: in the bank.
+        judged: the number that the goals speak of.
+        granularities: that are timed.
+        judged_granularities: that the goals speak of.
+        tokens: of a prompt.
+        prompts: in a round.
+        rounds: medians are over rounds and prompts.
+        memory: bytes of lora_B held at once.
+        seed: of adapters and prompts.
+    """
+
+    base: str = "smollm2-135m"
+    rank: int = Field(ge=1)
+    size: float = Field(gt=0)
+    adapters: tuple[int, ...] = Field(min_length=1)
+    judged: int
+    granularities: tuple[Granularity, ...]
+    judged_granularities: tuple[Granularity, ...]
+    tokens: int = Field(ge=1)
+    prompts: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    memory: int = Field(ge=1)
+    seed: int = 0

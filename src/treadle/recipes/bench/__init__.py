@@ -8,11 +8,17 @@ from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar
 
 from treadle import files
-from treadle.configs.bench import DemoQualityRun, RoutingContinualRun, RoutingCostRun, RoutingExactnessRun
+from treadle.configs.bench import (
+    DemoQualityRun,
+    RoutingContinualRun,
+    RoutingCostRun,
+    RoutingExactnessRun,
+    RoutingModelCostRun,
+)
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
-from treadle.recipes.bench import demo_quality, routing_continual, routing_cost, routing_exactness
+from treadle.recipes.bench import demo_quality, routing_continual, routing_cost, routing_exactness, routing_model_cost
 from treadle.recipes.bench.result import BenchmarkResult, finished_runs
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -80,11 +86,16 @@ def _routing_exactness(config: RoutingExactnessRun, session: Session) -> Benchma
     )
 
 
+def _routing_model_cost(config: RoutingModelCostRun, session: Session) -> BenchmarkResult:
+    return routing_model_cost.routing_model_cost(config, quick=session.quick, progress=session.progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
     "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
     "routing-exactness": Benchmark(RoutingExactnessRun, _routing_exactness),
+    "routing-model-cost": Benchmark(RoutingModelCostRun, _routing_model_cost),
 }
 
 

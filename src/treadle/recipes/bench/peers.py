@@ -12,6 +12,7 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from peft.tuners.lora.config import ArrowConfig
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 Peer = Callable[[Tensor], Tensor]
 
@@ -45,6 +46,13 @@ def single_lora(fleet: Fleet) -> Peer:
     weights = {"0.lora_A.default.weight": fleet.A, "0.lora_B.default.weight": fleet.Bs[0]}
     adapted.load_state_dict(weights, strict=False)
     return adapted
+
+
+def single_lora_model(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """The model with one adapter of PEFT's on every linear layer, not merged; the model is changed."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False)
+    inject_adapter_in_model(config, model)  # in place
+    return model.eval()
 
 
 def peft_arrow(fleet: Fleet) -> Peer:
