@@ -21,6 +21,7 @@ def small_fleet(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTra
     from treadle.family.family import AdapterFamily
     from treadle.family.injection import linear_shapes
     from treadle.family.plan import RankPlan
+    from treadle.models.identity import identify_folder
 
     root = tmp_path_factory.mktemp("fleet")
     torch.manual_seed(3)
@@ -40,7 +41,8 @@ def small_fleet(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTra
     model.save_pretrained(root / "base")
     tiny_tokenizer.save_pretrained(root / "base")
     plan = RankPlan.uniform(linear_shapes(model, ["q_proj", "v_proj", "up_proj"]), rank=4)
-    family = AdapterFamily.create(base=str(root / "base"), plan=plan, seed=0)
+    identity = identify_folder(root / "base", str(root / "base"))  # a label that leads to it, as a catalogue name does
+    family = AdapterFamily.create(base=identity, plan=plan, seed=0)
     family.save(root / "family")
     privacy = {"sums": (3.0, 1e-5), "films": (1.0, 1e-5)}
     for place, name in enumerate((*MEMBERS, "foreign")):

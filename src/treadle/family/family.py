@@ -17,8 +17,8 @@ from treadle import files, randomness
 from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.peft_format import read_tensors
 from treadle.family.plan import ModulePlan, RankPlan
-from treadle.models.identity import BaseIdentity, identify_folder
-from treadle.models.loading import model_folder
+from treadle.models.identity import BaseIdentity
+from treadle.models.loading import identity_of
 
 FORMAT = "treadle.family/1"
 METADATA, WEIGHTS = "family.json", "lora_A.safetensors"
@@ -46,7 +46,8 @@ class AdapterFamily:
         """The family whose A of module m is drawn by a generator of its own for (seed, m).
 
         Args:
-            base: identity of the frozen base model, or its name: a catalogued model, a local folder, a hub id.
+            base: identity of the frozen base model, or its name: a catalogued model, a local folder, a hub id. The
+                family records it by the label of `identity_of`, never by a path.
             plan: ranks and scalings.
             seed: any integer.
             init: "kaiming", uniform on ±1/√in_features (PEFT's default for A), the same on every machine; or
@@ -144,16 +145,6 @@ class AdapterFamily:
                 raise FormatError(f"{name!r} is not what the plan says", where=path, remedy="restore the file")
         ordered = {name: lora_A[name] for name in ranks.modules}
         return AdapterFamily(identity, ranks, MappingProxyType(ordered), init, seed, path.read_bytes(), metadata)
-
-
-def identity_of(base: str) -> BaseIdentity:
-    """The identity of a base model, labelled with what it was called: a catalogue name, a folder or a hub id.
-
-    Raises:
-        InputError: there is no such model.
-        UnavailableError: it must be downloaded and cannot be.
-    """
-    return identify_folder(model_folder(base), base)
 
 
 def _kaiming(seed: int, name: str, module: ModulePlan) -> np.ndarray:

@@ -17,8 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from treadle.errors import ConfigError, FormatError, InputError, UnsupportedError
 from treadle.files import new_folder, write_json
-from treadle.models.identity import identify_folder
-from treadle.models.loading import architecture, load_tokenizer, model_folder
+from treadle.models.loading import architecture, identity_of, load_tokenizer, model_folder
 from treadle.models.quiet import quiet
 from treadle.models.saving import save_base
 from treadle.progress import Progress, silent
@@ -73,7 +72,7 @@ def with_head(
         record["fitted"] = {"examples": len(examples), "sha256": digest}
     with new_folder(out) as temporary:
         save_base(model, tokenizer, temporary)
-        source = identify_folder(folder, base)
+        source = identity_of(base)
         write_json(temporary / HEAD_FILE, {"base": {"name": source.name, "sha256": source.sha256}, **record})
     return out
 

@@ -28,7 +28,7 @@ from treadle.errors import ConfigError, FormatError, InputError, UnavailableErro
 from treadle.files import read_json
 from treadle.models.catalogue import CATALOGUE, entry
 from treadle.models.fetch import fetch
-from treadle.models.identity import stored_tensors
+from treadle.models.identity import BaseIdentity, identify_folder, stored_tensors
 from treadle.models.quiet import quiet
 from treadle.progress import Progress, silent
 
@@ -178,6 +178,22 @@ def model_folder(name: str) -> Path:
             "the model brings its own code", where=folder, remedy="use an architecture that transformers ships"
         )
     return folder
+
+
+def identity_of(name: str) -> BaseIdentity:
+    """The identity of the base model `name`, under a label that may be stored and passed on: no folder's path.
+
+    A catalogue name and a hub id are labels themselves, and lead to the model again on any machine. A folder is
+    labelled with its own last name, so that a copy of it elsewhere is the same base in every stored byte; whoever
+    needs the model then says where it is.
+
+    Raises:
+        InputError: there is no such model.
+        UnavailableError: it must be downloaded and cannot be.
+    """
+    folder, typed = model_folder(name), Path(name).expanduser()
+    is_folder = name not in CATALOGUE and typed.is_dir()
+    return identify_folder(folder, typed.resolve().name if is_folder else name)
 
 
 def architecture(folder: Path) -> str:

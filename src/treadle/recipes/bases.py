@@ -9,12 +9,15 @@ from treadle.models.identity import BaseIdentity, identify_folder
 from treadle.models.loading import model_folder
 from treadle.progress import Progress, silent
 
+_SAY_WHERE = "say where it is with --base FOLDER, or `base` in a run's TOML"
+
 
 def base_folder(identity: BaseIdentity, named: str | None = None, *, progress: Progress = silent) -> Path:
     """The folder of the base model with this identity, its weights compared with the identity's digest.
 
     Args:
-        identity: of the base, as a family records it.
+        identity: of the base, as a family records it. Its label leads to a catalogued model or one of the hub; that of
+            a model that was given as a folder does not (see `identity_of`).
         named: a catalogue name, folder or hub id to look at instead of the identity's own label.
         progress: told that the base is being looked for.
 
@@ -23,15 +26,17 @@ def base_folder(identity: BaseIdentity, named: str | None = None, *, progress: P
         MismatchError: its weights are others.
         UnavailableError: it must be downloaded and cannot be.
     """
+    if named is None and not _leads_somewhere(identity.name):
+        raise InputError(
+            f"the base {identity.name!r} was given as a folder, whose path is not recorded", remedy=_SAY_WHERE
+        )
     progress(f"opening {named or identity.name}", 0, 0)
     try:
         folder = model_folder(named or identity.name)
     except InputError as error:
         if named is not None:
             raise
-        raise InputError(
-            f"the base {identity.name!r} is not found by its name", remedy="say where it is with --base FOLDER"
-        ) from error
+        raise InputError(f"the base {identity.name!r} is not found by its name", remedy=_SAY_WHERE) from error
     found = identify_folder(folder, identity.name)
     if found != identity:
         raise MismatchError(
@@ -43,9 +48,17 @@ def base_folder(identity: BaseIdentity, named: str | None = None, *, progress: P
 
 
 def local_base(name: str) -> Path | None:
-    """The base's folder if this machine has it already; None rather than a download or an error."""
+    """The folder of the base with this label if this machine has it already; None rather than a download or an error.
+
+    A foreign adapter's label is whatever PEFT was told, so it may be a path.
+    """
     if name in CATALOGUE:
         folder = fetched_folder(name)
         return folder if is_whole(CATALOGUE[name], folder) else None
     folder = Path(name).expanduser()
-    return folder if name and (folder / "config.json").is_file() else None
+    return folder if _leads_somewhere(name) and (folder / "config.json").is_file() else None
+
+
+def _leads_somewhere(label: str) -> bool:
+    """Whether a label is a catalogue name, a hub id or a path: no folder is guessed from a bare name."""
+    return label in CATALOGUE or "/" in label or "\\" in label

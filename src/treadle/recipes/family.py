@@ -2,10 +2,10 @@
 
 from treadle.configs.family import FamilyRun
 from treadle.errors import MismatchError
-from treadle.family.family import AdapterFamily, identity_of
+from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
-from treadle.models.loading import load_model
+from treadle.models.loading import identity_of, load_model
 
 
 def new_family(config: FamilyRun) -> AdapterFamily:

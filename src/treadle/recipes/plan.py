@@ -8,17 +8,15 @@ r_m ∝ d_m,  Σ c_m r_m ≤ budget
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 from treadle import files
 from treadle.configs.plan import PlanRun, ProbeText
 from treadle.data.public_text import public_texts
 from treadle.errors import InputError
-from treadle.family.family import identity_of
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
-from treadle.models.loading import load_model, load_tokenizer
+from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.ranks.allocation import allocate, mean_rank_budget
 from treadle.ranks.inputs import ProbeInputs
@@ -70,9 +68,8 @@ def _probe(config: PlanRun, progress: Progress) -> ProbeScores:
 
 def _provenance(scores: ProbeScores, base: BaseIdentity, text: ProbeText) -> dict[str, str]:
     source = "pydoc" if text.source == "pydoc" else "file"
-    folder = Path(base.name).expanduser()
     return {
-        "base": folder.resolve().name if folder.is_dir() else base.name,  # a plan travels: no folder of this machine
+        "base": base.name,
         "base_sha256": base.sha256,
         "probe": scores.probe,
         "probe_settings": json.dumps(dict(scores.settings)),

@@ -15,7 +15,15 @@ from transformers import (
 
 from treadle.errors import ConfigError, FormatError, InputError, TreadleError, UnavailableError, UnsupportedError
 from treadle.models import loading
-from treadle.models.loading import architecture, choose_device, load_model, load_tokenizer, model_folder, resolve
+from treadle.models.loading import (
+    architecture,
+    choose_device,
+    identity_of,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    resolve,
+)
 
 
 @pytest.fixture
@@ -40,6 +48,22 @@ def test_a_folder_is_itself_and_the_hub_is_not_asked(
     load_model(str(encoder_folder))
     load_tokenizer(str(encoder_folder))
     assert hub == []
+
+
+def test_an_identity_is_labelled_with_what_may_travel(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoder_folder)
+    for typed in (str(encoder_folder), ".", "../encoder/", str(encoder_folder / ".." / "encoder")):
+        assert identity_of(typed).name == "encoder"
+    (tmp_path / "link").symlink_to(encoder_folder)
+    assert identity_of(str(tmp_path / "link")).name == "encoder"
+    monkeypatch.setattr(loading, "fetch", lambda name, progress: encoder_folder)
+    monkeypatch.setattr(loading, "_hub_snapshot", lambda name: encoder_folder)
+    for typed in ("minilm-l6", "owner/name"):
+        assert identity_of(typed).name == typed
+    (encoder_folder / "minilm-l6").mkdir()  # a catalogue name means the catalogue's model, here as for `resolve`
+    assert identity_of("minilm-l6").name == "minilm-l6"
 
 
 @pytest.mark.parametrize(

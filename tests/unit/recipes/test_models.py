@@ -1,6 +1,7 @@
 """The catalogue as a list, local paths, base folders with a head, bases that are found or not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,19 +38,23 @@ def test_a_path_is_never_downloaded(small_fleet: Path) -> None:
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_only_local_bases_are_local(small_fleet: Path) -> None:
+def test_only_local_bases_are_local(small_fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_base("smollm2-135m") is None
     assert local_base("owner/name") is None
     assert local_base("") is None
+    monkeypatch.chdir(small_fleet)
+    assert local_base("base") is None
     assert local_base(str(small_fleet / "base")) == small_fleet / "base"
 
 
-def test_a_base_is_proved_by_its_digest(small_fleet: Path) -> None:
+def test_a_base_is_proved_by_its_digest(small_fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_fleet)  # where a folder of the label's name is: it is not guessed
     folder = small_fleet / "base"
     identity = identify_folder(folder, "a label that is no name")
     assert base_folder(identity, str(folder)) == folder.resolve()
-    with pytest.raises(InputError, match="say where it is with --base"):
-        base_folder(identity)
+    for label in ("base", str(folder / "nosuch")):
+        with pytest.raises(InputError, match="say where it is with --base"):
+            base_folder(replace(identity, name=label))
     with pytest.raises(MismatchError, match="the family was made for"):
         base_folder(BaseIdentity("other", "0" * 64), str(folder))
     with pytest.raises(InputError, match="no such folder"):

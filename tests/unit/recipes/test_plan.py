@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,10 @@ def test_a_plan_becomes_a_family(run: PlanRun, base: Path, tmp_path: Path) -> No
     assert AdapterFamily.load(config.out).fingerprint == family.fingerprint
     assert family.base.sha256 == made.provenance["base_sha256"]
     assert all(family.lora_A[name].shape == (m.rank, m.in_features) for name, m in made.modules.items())
+    assert family.base.name == made.provenance["base"] == "small"
+    shutil.copytree(base, tmp_path / "elsewhere" / "small")
+    moved = config.model_copy(update={"base": str(tmp_path / "elsewhere" / "small"), "out": tmp_path / "moved"})
+    assert new_family(moved).fingerprint == family.fingerprint
     other = new_family(config.model_copy(update={"out": tmp_path / "other", "init": "orthonormal"}))
     assert other.fingerprint != family.fingerprint
 
