@@ -185,8 +185,9 @@ def remove_command(
 def calibrate_command(
     folder: Folder,
     method: Annotated[
-        Literal["public", "analytic", "own", "traffic"], typer.Option(help="How; own and traffic need their files.")
-    ] = "public",
+        Literal["public", "analytic", "own", "traffic"] | None,
+        typer.Option(help="How: public unless --own or --traffic says otherwise."),
+    ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="TEXT", help="pydoc, or a .txt, .jsonl or .csv file of public text.")
     ] = "pydoc",
@@ -209,19 +210,20 @@ def calibrate_command(
     from treadle.recipes.bank import calibrate_bank
     from treadle.recipes.calibration import OwnSource, PublicSource, TrafficSource
 
-    if bool(own) != (method == "own"):
-        raise InputError("--own and --method own go together", where="--own", remedy="pass both, or neither")
-    if bool(traffic) != (method == "traffic" or if_stale):
+    chosen = method or ("own" if own else "traffic" if traffic and not if_stale else "public")
+    if bool(own) != (chosen == "own"):
+        raise InputError(f"--method {chosen} and --own", where="--own", remedy="--own goes with --method own alone")
+    if bool(traffic) != (chosen == "traffic" or if_stale):
         raise InputError(
-            "--traffic goes with --method traffic or --if-stale", where="--traffic", remedy="pass both, or neither"
+            f"--method {chosen} and --traffic", where="--traffic", remedy="it goes with --method traffic or --if-stale"
         )
     seen = TrafficSource(*_traffic(traffic, tenant), field) if traffic else None
-    if seen is not None and method == "traffic":
+    if seen is not None and chosen == "traffic":
         source = seen
     elif own:
         source = OwnSource(_own_texts(own), field=field)
     else:
-        source = PublicSource(text, field=field, method="analytic" if method == "analytic" else "public")
+        source = PublicSource(text, field=field, method="analytic" if chosen == "analytic" else "public")
     with working() as progress:
         change = calibrate_bank(folder, source, if_stale=seen if if_stale else None, base=base, progress=progress)
     show_bank_change(change, json=json)
