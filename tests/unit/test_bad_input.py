@@ -115,6 +115,31 @@ def route(*options: str) -> Mistake:
     return lambda root: ["route", str(root / "bank"), "the film", "--base", str(root / "base"), *options]
 
 
+POLICY = """
+unknown_caller = "error"
+[labels]
+dept = ["arts"]
+[roles]
+critic = ["ada"]
+[[rules]]
+name = "critics"
+effect = "allow"
+roles = ["critic"]
+adapter = ["dept=arts"]
+"""
+
+
+def policy(old: str, new: str) -> Mistake:
+    """Ask a policy with one thing in it exchanged."""
+
+    def mistake(root: Path) -> list[str]:
+        assert old in POLICY
+        (root / "policy.toml").write_text(POLICY.replace(old, new))
+        return route("--policy", str(root / "policy.toml"), "--caller", "ada")(root)
+
+    return mistake
+
+
 def edited(file: str, change: Callable[[dict], object], command: Mistake) -> Mistake:
     """Change a JSON file, then run the command."""
 
@@ -288,6 +313,51 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         lambda root: ["bank", "remove", str(root / "bank"), "zeta"],
         2,
         "no adapter 'zeta' in the bank; choose among a, b",
+    ),
+    "no adapter to update": (
+        lambda root: ["bank", "update", str(root / "bank"), f"zeta={root}/a", "--base", str(root / "base")],
+        2,
+        "no adapter 'zeta' in the bank; choose among a, b",
+    ),
+    "merging a bank with itself": (
+        lambda root: ["bank", "merge", str(root / "bank"), str(root / "bank")],
+        2,
+        "a: this adapter name is taken; give it another name, update it, or remove one",
+    ),
+    "a label without a value": (
+        lambda root: ["bank", "label", str(root / "bank"), "a", "--label", "oncology"],
+        2,
+        "--label: label 'oncology' is not KEY=VALUE; write dept=oncology",
+    ),
+    "no version to go back to": (
+        lambda root: ["bank", "rollback", str(root / "bank")],
+        2,
+        "there is no earlier version",
+    ),
+    "no such version": (
+        lambda root: ["bank", "rollback", str(root / "bank"), "--to", "7"],
+        2,
+        "no version 7; choose one of `treadle bank versions`",
+    ),
+    "edited labels": (
+        edited("bank/bank.json", lambda c: c["adapters"][0].update(labels="dept=law"), route()),
+        2,
+        "the labels of 'a' are no list of texts",
+    ),
+    "a policy rule that is misspelt": (
+        policy('effect = "allow"', 'efect = "allow"'),
+        2,
+        "policy.toml: key 'rules.0.e",
+    ),
+    "a policy label that is not declared": (
+        policy("dept=arts", "dept=art"),
+        2,
+        "policy.toml: rule 'critics': label 'dept=art' is not declared; add it under [labels]",
+    ),
+    "a caller that the policy does not know": (
+        policy('["ada"]', '["bo"]'),
+        2,
+        "no role has the caller 'ada'; add it to a role of the policy",
     ),
     "no bank": (lambda root: ["bank", "list", str(root / "family")], 2, "bank.json: no such file"),
     "bank file that climbs out": (

@@ -12,12 +12,13 @@ from treadle.cli.app import app
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun
+from treadle.configs.policy import PolicyFile
 from treadle.configs.toml import RunConfig, checked
 from treadle.configs.train import TrainRun
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUNS: dict[str, type[RunConfig]] = {"plan": PlanRun, "family": FamilyRun, "eval": EvaluateRun}
+RUNS: dict[str, type[RunConfig]] = {"plan": PlanRun, "family": FamilyRun, "eval": EvaluateRun, "policy": PolicyFile}
 NAMES = re.compile(r"[a-z][a-z|-]*")
 
 
@@ -62,7 +63,7 @@ def test_every_shown_run_is_sound(title: str, text: str) -> None:
 
 
 def test_runs_are_shown() -> None:
-    assert {"plan", "family", "eval", "syllogism", "mood"} == {title for title, _ in shown_runs()}
+    assert {"plan", "family", "eval", "policy", "syllogism", "mood"} == {title for title, _ in shown_runs()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

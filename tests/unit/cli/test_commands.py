@@ -164,6 +164,29 @@ class TestBank:
         assert "shared A" in done("bank", "list", bank).stdout
         assert parsed("bank", "remove", bank, "sums")["adapters"] == ["other"]
 
+    def test_from_update_to_rollback(self, small_fleet: Path, bank_copy: Path, tmp_path: Path) -> None:
+        updated = parsed("bank", "update", bank_copy, f"films={small_fleet / 'colours'}", "--label", "dept=arts")
+        assert updated["adapters"] == ["sums", "films", "colours", "foreign"]
+        other = tmp_path / "other"
+        done("bank", "build", other, f"late={small_fleet / 'sums'}", "--family", small_fleet / "family")
+        assert "foreign, late" in done("bank", "merge", bank_copy, other).stdout
+        done("bank", "label", bank_copy, "late", "--label", "dept=law")
+        listed = parsed("bank", "list", bank_copy)["adapters"]
+        assert isinstance(listed, list)
+        assert [row["labels"] for row in listed] == [[], ["dept=arts"], [], [], ["dept=law"]]
+        assert "dept=law" in done("bank", "list", bank_copy).stdout
+        rows = json.loads(done("bank", "versions", bank_copy, "--json").stdout)
+        assert [row["changes"] for row in rows][1:] == [
+            ["updated films", "labelled films"],
+            ["added late"],
+            ["labelled late"],
+        ]
+        assert "added late" in done("bank", "versions", bank_copy).stdout
+        assert parsed("bank", "rollback", bank_copy, "--to", 2)["adapters"] == updated["adapters"]
+        assert "late" in done("bank", "rollback", bank_copy).stdout
+        assert "5 earlier versions deleted" in done("bank", "versions", bank_copy, "--forget").stderr
+        assert "no earlier version" in refused("bank", "rollback", bank_copy)
+
     def test_own_text(self, small_fleet: Path, tmp_path: Path) -> None:
         text = small_fleet / "public.txt"
         arguments = ["bank", "build", tmp_path / "bank", small_fleet / "sums", "--family", small_fleet / "family"]
@@ -174,6 +197,8 @@ class TestBank:
         assert "no such file" in refused("bank", "list", tmp_path / "nosuch")
         assert "this adapter name is taken" in refused("bank", "add", bank_copy, small_fleet / "sums")
         assert "no adapter 'nosuch'" in refused("bank", "remove", bank_copy, "nosuch")
+        assert "label 'arts' is not KEY=VALUE" in refused("bank", "label", bank_copy, "sums", "--label", "arts")
+        assert "sums: this adapter name is taken" in refused("bank", "merge", bank_copy, bank_copy)
 
 
 class TestRoute:
@@ -192,6 +217,35 @@ class TestRoute:
         tokens = made["tokens"]
         assert isinstance(tokens, list)
         assert tokens[1]["shares"] == {"films": 1.0}
+
+    def test_policy_and_log(self, bank_copy: Path, tmp_path: Path) -> None:
+        policy, log = tmp_path / "policy.toml", tmp_path / "decisions.jsonl"
+        policy.write_text(
+            '[labels]\ndept = ["arts"]\n[roles]\ncritic = ["ada"]\n'
+            '[[rules]]\nname = "critics"\neffect = "allow"\nroles = ["critic"]\nadapter = ["dept=arts"]\n'
+        )
+        done("bank", "label", bank_copy, "films", "--label", "dept=arts")
+        arguments = ["route", bank_copy, "the film", "--max-new-tokens", 0, "--policy", policy, "--log", log]
+        made = parsed(*arguments, "--caller", "ada", "--granularity", "token")
+        assert made["adapters"] == ["films"]
+        nobody = parsed(*arguments, "--caller", "eve")
+        assert nobody["adapters"] == []
+        for content in (made, nobody):
+            assert not any(word in json.dumps(content) for word in ("excluded", '"ada"', '"eve"', "policy.toml"))
+        first, second = map(json.loads, log.read_text().splitlines())
+        assert (first["caller"], first["permitted"], first["excluded"]) == ("ada", 1, 3)
+        assert set(first["shares"]) <= {"films", "base"}
+        assert (second["caller"], second["permitted"], second["choice"]) == ("eve", 0, None)
+        assert "film" not in log.read_text().replace("films", "")
+        asked = ["bank", "permitted", bank_copy, "--policy", policy, "--caller"]
+        assert "allowed by 'critics'" in done(*asked, "ada").stdout
+        assert parsed(*asked, "eve")["permitted"] == []
+        assert "declares no label 'dept=law'" in refused(*asked, "ada", "--label", "dept=law")
+        for wrong in (["--policy", policy], ["--caller", "ada"], ["--label", "dept=arts"]):
+            assert "--policy needs --caller" in refused("route", bank_copy, "a", *wrong)
+        assert "contradict" in refused(
+            "route", bank_copy, "a", "--policy", policy, "--caller", "ada", "--permit", "films"
+        )
 
     def test_other_scorers_and_the_base(self, built_bank: Path) -> None:
         arguments = ["route", built_bank, "the film", "--max-new-tokens", 0]

@@ -17,6 +17,7 @@ from treadle.family.family import AdapterFamily
 from treadle.routing import bank_files
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank, save_bank, verify_bank
+from treadle.routing.bank_versions import sweep
 from treadle.routing.routed import RoutedModel
 
 IDS = torch.tensor([[1, 40, 41, 42, 43], [1, 60, 61, 62, 63]])
@@ -189,6 +190,8 @@ def test_a_link_out_of_the_bank_is_not_followed(folder: Path, tmp_path: Path) ->
 def test_changing_a_bank_sweeps_what_it_no_longer_names(bank: AdapterBank, folder: Path) -> None:
     save_bank(bank.remove("beta"), folder)
     assert load_bank(folder).names == ("alpha", "gamma", "delta", "stranger")
+    assert list((folder / "adapters").glob("beta-*"))  # somebody may want to go back
+    sweep(folder, keep=1)
     assert not list((folder / "adapters").glob("beta-*"))
     assert len(list(folder.glob("factors-*"))) == len(list(folder.glob("calibration-*"))) == 1
     verify_bank(folder)

@@ -72,7 +72,8 @@ def _demo_quality_shown(config: DemoQualityRun, session: Session) -> BenchmarkRe
 
 def _routing_continual(config: RoutingContinualRun, session: Session) -> BenchmarkResult:
     study = routing_continual.quick_routing_continual if session.quick else routing_continual.routing_continual
-    placed = config.fleet.model_copy(update={"out": session.work / "fleet", "data": session.data})
+    out = session.work / ("quick" if session.quick else "fleet")
+    placed = config.fleet.model_copy(update={"out": out, "data": session.data})
     return study(config.model_copy(update={"fleet": placed}), session.progress)
 
 
