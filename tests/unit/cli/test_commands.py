@@ -108,7 +108,7 @@ class TestPlanFamilyTrain:
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         train = tmp_path / "train.toml"
         train.write_text(
-            f'family = "{out}"\nname = "moods"\nout = "{tmp_path}/moods"\n'
+            f'base = "{small_fleet}/base"\nfamily = "{out}"\nname = "moods"\nout = "{tmp_path}/moods"\n'
             f'[data]\nsource = "{tmp_path}/rows.jsonl"\nprompt = "{{text}} :"\ncompletion = " {{label}}"\n'
             "[sft]\nbatch_size = 4\n"
         )

@@ -19,6 +19,7 @@ from treadle.family.plan import RankPlan
 from treadle.recipes.train import train_adapter
 
 TOML = """
+base = "{root}/base"
 family = "{root}/family"
 name = "signs"
 out = "{root}/adapters/signs"
