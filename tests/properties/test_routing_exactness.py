@@ -130,7 +130,12 @@ def test_the_winner_is_that_of_a_float64_brute_force(recipe: Mapping[str, Any], 
     assert fast.decision is not None
     assert torch.equal(fast.decision.winner, decision.winner)
     assert torch.equal(fast.mixture.adapter[:, 0], decision.winner)
-    assert torch.equal(fast.decision.rescored, decision.rescored)
+    assert (fast.decision.margin >= 0).all()
+    layer = RoutedLayer(case.factors, SCORERS[scorer], slots=1)
+    for row in range(case.x.shape[0]):  # token by token, as in decoding
+        mine = None if permitted is None else permitted[row : row + 1]
+        one = layer.choose(case.x[row : row + 1], mine, ARGMAX, explained=False)
+        assert one.mixture.adapter.item() == decision.winner[row]
     finite = score > -torch.inf
     assert (scores.lower <= score + 1e-12 * score.abs())[finite].all()
     assert (scores.upper >= score - 1e-12 * score.abs())[finite].all()

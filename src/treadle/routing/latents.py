@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from treadle.routing.factors import LayerFactors
@@ -23,6 +23,11 @@ class Latents:
     ) -> None:
         self._x, self._factors = x, factors
         self._made = {place: z.float() for place, z in enumerate(known or ())}
+
+    @property
+    def present(self) -> Bool[Tensor, " adapters"]:
+        """Which adapters have this layer."""
+        return self._factors.present
 
     def __contains__(self, adapter: int) -> bool:
         """Whether the adapter at this place in the bank has this layer; the base has none."""

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from treadle.routing.blending import blended
 from treadle.routing.decision import Decision, Mixture, decide
 from treadle.routing.factors import LayerFactors
 from treadle.routing.latents import Latents
@@ -14,7 +15,15 @@ from treadle.routing.mixture import act, mixture
 from treadle.routing.pool import MatrixPool
 from treadle.routing.scorers import Scorer
 from treadle.routing.scores import NormScore
-from treadle.routing.table import ScoreTable, decision_of, leaders, score_table, values
+from treadle.routing.table import (
+    ScoreTable,
+    decision_of,
+    leaders,
+    lone_winner,
+    score_table,
+    settled_leaders,
+    values,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class RoutedLayer(nn.Module):
         self.factors = scorer.prepare(factors)
         self.pool = MatrixPool(
             factors.folded_B,
+            adapters=factors.present.shape[0],
             rank=factors.rank,
             out=factors.shape.out_features,
             slots=slots,
@@ -96,26 +106,41 @@ class RoutedLayer(nn.Module):
                 return Choice(mixture(scores.value, composition.top_k, composition.temperature), latents, None)
             decision = decide(self.factors, x, scores, self.form)
             return Choice(Mixture.of(decision.winner), latents, decision)
+        if x.shape[0] == 1 and not explained and (quick := lone_winner(self.table, x, permitted)) is not None:
+            return Choice(
+                Mixture.of(torch.tensor([quick[0]], device=x.device)), Latents(x, self.factors, quick[1:]), None
+            )
         found = leaders(self.table, x, permitted)
         winner, latents = found.winner, Latents(x, self.factors, found.latents)
         decision = decision_of(self.table, found) if explained else None
-        if not bool(found.certain.all()):
-            rows = (~found.certain).nonzero().flatten()
-            mine = None if permitted is None else permitted[rows]
-            settled = decide(self.factors, x[rows], self.scorer.scores(self.factors, x[rows], mine), self.form)
-            winner = winner.index_copy(0, rows, settled.winner)
-            decision = None if decision is None else decision.replaced(rows, settled)
+        if bool(found.certain.all()):
+            return Choice(Mixture.of(winner), latents, decision)
+        rows, settled, others = settled_leaders(self.factors, self.form, x, found, (~found.certain).nonzero().flatten())
+        for some, exact in ((rows, settled), (others, self._settled(x, permitted, others))):
+            winner = winner.index_copy(0, some, exact.winner)
+            decision = None if decision is None else decision.replaced(some, exact)
         return Choice(Mixture.of(winner), latents, decision)
 
-    def scored(self, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tokens adapters"]:
-        """The scores of everybody, without bounds; -inf where an adapter is not eligible."""
+    def _settled(self, x: Tensor, permitted: Tensor | None, rows: Tensor) -> Decision:
+        """The exact decisions of the tokens that have too many rivals, or numbers that float32 cannot hold."""
+        scores = self.scorer.scores(self.factors, x[rows], None if permitted is None else permitted[rows])
+        return decide(self.factors, x[rows], scores, self.form)
+
+    def scored(
+        self, x: Float[Tensor, "tokens inner"], permitted: Bool[Tensor, "tokens adapters"] | None
+    ) -> Float[Tensor, "tokens adapters"]:
+        """The scores of the permitted, without bounds, to be summed; the others' and the ineligible's are of no use."""
         if self.table is not None:
             return values(self.table, x)
-        return self.scorer.scores(self.factors, x, None).value
+        value = self.scorer.scores(self.factors, x, permitted).value
+        return torch.where(value > -torch.inf, value, 0.0)
 
     def added(self, x: Float[Tensor, "tokens inner"], choice: Choice) -> Float[Tensor, "tokens outer"] | None:
         """What the chosen adapters add to the layer's output, float32; None where only the base acts."""
-        return act(self.pool, choice.latents, choice.mixture)
+        latents = choice.latents
+        if self.scorer.blends and choice.mixture.weight is not None:
+            latents = blended(self.factors, x, latents, choice.mixture)
+        return act(self.pool, latents, choice.mixture)
 
     def acting(self, x: Float[Tensor, "tokens inner"], chosen: Mixture) -> Choice:
         """What was chosen elsewhere, as this layer's choice."""

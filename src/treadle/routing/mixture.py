@@ -1,10 +1,10 @@
 """Letting chosen adapters act on the tokens of one layer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -30,62 +30,84 @@ class _Pairs:
     adapter: Int[Tensor, " pairs"]
     weight: Float[Tensor, " pairs"] | None
 
-    def among(self, adapters: list[int]) -> "_Pairs":
-        """The pairs of these adapters."""
-        kept = torch.isin(self.adapter, torch.tensor(adapters, device=self.adapter.device))
+    def where(self, kept: Bool[Tensor, " pairs"]) -> "_Pairs":
+        """Some of the pairs."""
         return _Pairs(self.token[kept], self.adapter[kept], None if self.weight is None else self.weight[kept])
-
-
-def _pairs(chosen: Mixture) -> _Pairs:
-    token = torch.arange(chosen.adapter.shape[0], device=chosen.adapter.device)
-    weight = None if chosen.weight is None else chosen.weight.flatten()
-    return _Pairs(token.repeat_interleave(chosen.adapter.shape[1]), chosen.adapter.flatten(), weight)
 
 
 def act(pool: MatrixPool, latents: Latents, chosen: Mixture) -> Float[Tensor, "tokens outer"] | None:
     """What the chosen adapters add: Σ weight · B · A · x in float32, None where only the base acts."""
-    present = torch.unique(chosen.adapter).tolist()
-    adapters = [place for place in present if place in latents]  # the others lack this layer, or are the base
-    if not adapters:
+    tokens = chosen.adapter.shape[0]
+    only = _only(chosen)
+    if only is not None:
+        if only not in latents:  # it lacks this layer, or is the base
+            return None
+        with pool.lock:
+            first = int(pool.first_rows(chosen.adapter[:1, 0]))
+            pool.wins[only] += tokens
+            return _times(pool.rows[first:], latents.of(only))
+    pairs = _pairs(chosen, latents)
+    if pairs.token.shape[0] == 0:
         return None
-    pool.wins.update(adapters)
-    if len(present) == 1 and chosen.weight is None:
-        with pool.rows(adapters) as (rows, slots):
-            return _alone(rows[slots[adapters[0]] * pool.rank :], latents.of(adapters[0]))
-    pairs = _pairs(chosen)
-    result = torch.zeros(chosen.adapter.shape[0], pool.out, device=chosen.adapter.device)
-    for start in range(0, len(adapters), pool.slots):
-        wave = adapters[start : start + pool.slots]
-        mine = pairs if wave == present else pairs.among(wave)
-        # Many tokens an adapter: a product each. Few: one kernel that gathers rows and copies nothing.
-        add = _add_gathered if len(wave) * 4 > mine.token.shape[0] and not torch.is_grad_enabled() else _add_grouped
-        with pool.rows(wave) as (rows, slots):
-            add(result, mine, rows, {place: slots[place] * pool.rank for place in wave}, latents)
+    pool.wins.index_add_(0, pairs.adapter, torch.ones_like(pairs.adapter))
+    result = torch.zeros(tokens, pool.out, device=chosen.adapter.device)
+    add = _add_grouped if torch.is_grad_enabled() or chosen.adapter.shape[1] > MANY else _add_gathered
+    for mine in _waves(pairs, pool.slots):
+        with pool.lock:
+            add(result, mine, pool, latents)
     return result
 
 
-def _alone(rows: Float[Tensor, "rows outer"], z: Float[Tensor, "tokens rank"]) -> Float[Tensor, "tokens outer"]:
-    """One adapter, whose rows come first, on all tokens."""
+MANY = 16
+"""Adapters a token above which each adapter's own product is cheaper than gathering its rows for every token."""
+
+
+def _only(chosen: Mixture) -> int | None:
+    """The one adapter (or the base) that acts alone on every token; None where there is none such."""
+    if chosen.weight is not None or chosen.adapter.shape[0] == 0:
+        return None
+    if chosen.adapter.shape[0] > 1 and not bool((chosen.adapter == chosen.adapter[0]).all()):
+        return None
+    return int(chosen.adapter[0, 0])
+
+
+def _pairs(chosen: Mixture, latents: Latents) -> _Pairs:
+    """All pairs but those of the base and of adapters that lack the layer."""
+    token = torch.arange(chosen.adapter.shape[0], device=chosen.adapter.device)
+    weight = None if chosen.weight is None else chosen.weight.flatten()
+    pairs = _Pairs(token.repeat_interleave(chosen.adapter.shape[1]), chosen.adapter.flatten(), weight)
+    there = (pairs.adapter >= 0) & latents.present[pairs.adapter]
+    return pairs if bool(there.all()) else pairs.where(there)
+
+
+def _waves(pairs: _Pairs, slots: int) -> Iterator[_Pairs]:
+    """The pairs, in parts of no more adapters than there are slots."""
+    if pairs.token.shape[0] <= slots or len(distinct := torch.unique(pairs.adapter)) <= slots:
+        yield pairs
+        return
+    for some in distinct.split(slots):
+        yield pairs.where(torch.isin(pairs.adapter, some))
+
+
+def _times(rows: Float[Tensor, "rows outer"], z: Float[Tensor, "tokens rank"]) -> Float[Tensor, "tokens outer"]:
+    """B z of every token for the adapter whose rows come first."""
     B = rows[: z.shape[1]]
     return z @ (B.clone() if torch.is_grad_enabled() else B)  # a slot may be refilled before a backward pass
 
 
-def _add_grouped(result: Tensor, pairs: _Pairs, rows: Tensor, first: Mapping[int, int], latents: Latents) -> None:
-    """Add the pairs' contributions, adapter by adapter."""
-    for adapter, row in first.items():
-        mine = (pairs.adapter == adapter).nonzero().flatten()
-        token = pairs.token[mine]
-        added = _alone(rows[row:], latents.of(adapter)[token])
-        result.index_add_(0, token, added if pairs.weight is None else added * pairs.weight[mine, None])
-
-
-def _add_gathered(result: Tensor, pairs: _Pairs, rows: Tensor, first: Mapping[int, int], latents: Latents) -> None:
-    """Add the pairs' contributions, all at once: each is the sum of its adapter's rows weighted by z."""
-    device = rows.device
-    starts = torch.zeros(max(first) + 1, dtype=torch.long, device=device)
-    starts[torch.tensor(list(first), device=device)] = torch.tensor(list(first.values()), device=device)
+def _add_gathered(result: Tensor, pairs: _Pairs, pool: MatrixPool, latents: Latents) -> None:
+    """Add the pairs' contributions all at once: each the sum of its adapter's rows weighted by z, nothing copied."""
     z = latents.gathered(pairs.token, pairs.adapter)
     if pairs.weight is not None:
         z = z * pairs.weight[:, None]
-    places = starts[pairs.adapter][:, None] + torch.arange(z.shape[1], device=device)
-    result.index_add_(0, pairs.token, embedding_bag(places, rows, per_sample_weights=z, mode="sum"))
+    places = pool.first_rows(pairs.adapter)[:, None] + torch.arange(z.shape[1], device=z.device)
+    result.index_add_(0, pairs.token, embedding_bag(places, pool.rows, per_sample_weights=z, mode="sum"))
+
+
+def _add_grouped(result: Tensor, pairs: _Pairs, pool: MatrixPool, latents: Latents) -> None:
+    """Add the pairs' contributions, adapter by adapter."""
+    for adapter in torch.unique(pairs.adapter).tolist():
+        mine = (pairs.adapter == adapter).nonzero().flatten()
+        token = pairs.token[mine]
+        added = _times(pool.rows[int(pool.first_rows(pairs.adapter[mine[:1]])) :], latents.of(adapter)[token])
+        result.index_add_(0, token, added if pairs.weight is None else added * pairs.weight[mine, None])

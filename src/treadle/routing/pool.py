@@ -4,76 +4,93 @@ What is in the slots changes nothing but time: an adapter that is not there is r
 was used longest ago.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Lock
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class MatrixPool:
     """The folded, transposed B of at most `slots` adapters, rows of one tensor: (slots · rank, out), float32.
 
+    Whoever reads `rows` holds `lock` meanwhile, so that another thread does not refill a slot under its hands.
+
     Args:
         load: place in the bank → (out, rank) folded B.
+        adapters: in the bank.
         rank: the largest of the layer's adapters; the rows of a smaller one are filled up with zeros.
         out: the layer's outputs.
         slots: at least 1.
         device: where the rows are.
     """
 
-    def __init__(self, load: Callable[[int], Tensor], *, rank: int, out: int, slots: int, device: torch.device) -> None:
-        self.rank, self.out, self.slots = rank, out, slots
-        self.wins: Counter[int] = Counter()
+    def __init__(
+        self,
+        load: Callable[[int], Tensor],
+        *,
+        adapters: int,
+        rank: int,
+        out: int,
+        slots: int,
+        device: torch.device,
+    ) -> None:
+        self.rank, self.out, self.slots, self.lock = rank, out, slots, Lock()
         self._load = load
         with torch.inference_mode(False):  # what is kept must also serve a later call that needs gradients
-            self._rows = torch.zeros(slots * rank, out, device=device)
-        self._slot: OrderedDict[int, int] = OrderedDict()
-        self._lock = Lock()
+            self.rows = torch.zeros(slots * rank, out, device=device)
+            self.wins = torch.zeros(adapters, dtype=torch.long, device=device)
+            self._slot = torch.full((adapters,), -1, dtype=torch.long, device=device)
+            self._used = torch.zeros(slots, dtype=torch.long, device=device)
+        self._holders = [-1] * slots
+        self._clock = 0
 
     @property
     def held(self) -> tuple[int, ...]:
         """The places of the adapters at hand, the one used longest ago first."""
-        return tuple(self._slot)
+        order = self._used.argsort(stable=True).tolist()
+        return tuple(self._holders[slot] for slot in order if self._holders[slot] >= 0)
 
     def to(self, device: torch.device) -> "MatrixPool":
         """An equal pool on another device."""
-        moved = MatrixPool(self._load, rank=self.rank, out=self.out, slots=self.slots, device=device)
-        moved._rows.copy_(self._rows)
-        moved._slot, moved.wins = OrderedDict(self._slot), Counter(self.wins)
+        moved = MatrixPool(
+            self._load, adapters=len(self.wins), rank=self.rank, out=self.out, slots=self.slots, device=device
+        )
+        for name in ("rows", "wins", "_slot", "_used"):
+            getattr(moved, name).copy_(getattr(self, name))
+        moved._holders, moved._clock = list(self._holders), self._clock
         return moved
 
-    @contextmanager
-    def rows(self, adapters: Sequence[int]) -> Iterator[tuple[Float[Tensor, "rows out"], dict[int, int]]]:
-        """All rows, and the slot of each of these adapters (at most `slots`); nobody else moves them in the block."""
-        assert len(adapters) <= self.slots, "more adapters at once than slots"
-        with self._lock:
-            wanted = set(adapters)
-            for adapter in adapters:
-                self._ensure(adapter, wanted)
-            yield self._rows, self._slot
+    def first_rows(self, adapters: Int[Tensor, " pairs"]) -> Int[Tensor, " pairs"]:
+        """Where in `rows` each of these adapters' B begins; at most `slots` different ones, read if they must be."""
+        slot = self._slot[adapters]
+        if bool((slot < 0).any()):
+            self._fetch(torch.unique(adapters).tolist())
+            slot = self._slot[adapters]
+        self._clock += 1
+        self._used[slot] = self._clock
+        return slot * self.rank
 
-    def _ensure(self, adapter: int, wanted: set[int]) -> None:
-        if adapter in self._slot:
-            self._slot.move_to_end(adapter)
-            return
-        if len(self._slot) < self.slots:
-            slot = len(self._slot)
-        else:
-            oldest = next(place for place in self._slot if place not in wanted)
-            slot = self._slot.pop(oldest)
-        B = self._load(adapter)
+    def _fetch(self, wanted: list[int]) -> None:
+        assert len(wanted) <= self.slots, "more adapters at once than slots"
+        there = {self._holders[slot] for slot in range(self.slots)}
+        keep = set(wanted) & there
+        order = [slot for slot in self._used.argsort(stable=True).tolist() if self._holders[slot] not in keep]
+        for adapter, slot in zip((place for place in wanted if place not in there), order, strict=False):
+            if self._holders[slot] >= 0:
+                self._slot[self._holders[slot]] = -1
+            self._fill(slot, self._load(adapter))
+            self._holders[slot], self._slot[adapter] = adapter, slot
+
+    def _fill(self, slot: int, B: Float[Tensor, "outer rank"]) -> None:
         with torch.no_grad():
-            block = self._rows[slot * self.rank : (slot + 1) * self.rank]
+            block = self.rows[slot * self.rank : (slot + 1) * self.rank]
             block[: B.shape[1]].copy_(B.T)
             block[B.shape[1] :].zero_()
-        self._slot[adapter] = slot
 
     def prefetch(self) -> None:
         """Fill the slots with the adapters that won most often so far."""
-        best = [adapter for adapter, _ in self.wins.most_common(self.slots)]
-        with self.rows(best[::-1]):  # the most frequent last: it stays longest
-            pass
+        best = self.wins.topk(min(self.slots, len(self.wins))).indices
+        with self.lock:
+            self.first_rows(best[self.wins[best] > 0])

@@ -8,6 +8,7 @@
 Where it does not, `decision.decide` settles the token in float64. A table is built once; nothing in it changes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from treadle.algebra import FP32_UNIT, squared_norm_error
-from treadle.routing.decision import BASE, TIE, Decision
-from treadle.routing.factors import Group, LayerFactors
+from treadle.routing.decision import BASE, TIE, Decision, ranked
+from treadle.routing.factors import Group, LayerFactors, exact_norms
 from treadle.routing.scores import NormScore
 
 ELEMENTS = 2**23
 """Scores held at once; more tokens than fit are scored in turn."""
+
+BEST = 8
+"""How many leading adapters of a token are kept: rivals that float64 has to settle are nearly always among them."""
 
 _RANGE = (1e-25, 1e25)  # of scales and centres whose float32 arithmetic neither under- nor overflows
 
@@ -47,12 +51,12 @@ class TableGroup:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What the scores of a scorer of the norm need at one layer; ineligible adapters have scale 0 and centre +inf.
+    """What the scores of a scorer of the norm need at one layer; ineligible adapters have scale 0 and offset -inf.
 
     Attributes:
         groups: laid out.
         scale: (adapters,), ‖B‖_F / unit, float32.
-        centre: (adapters,), float32.
+        offset: (adapters,), minus the centre, float32.
         slack: (adapters,), of each one's group, float64.
         doubtful: (adapters,), whose numbers are beyond what float32 can be trusted with; None where nobody's are.
         widest: the largest abs(centre) of the eligible.
@@ -60,7 +64,7 @@ class ScoreTable:
 
     groups: tuple[TableGroup, ...]
     scale: Float[Tensor, " adapters"]
-    centre: Float[Tensor, " adapters"]
+    offset: Float[Tensor, " adapters"]
     slack: Float[Tensor, " adapters"]
     doubtful: Bool[Tensor, " adapters"] | None
     widest: float
@@ -74,9 +78,10 @@ class Leaders:
         winner: place in the bank, `BASE` where nobody permitted is eligible.
         certain: whether the winner is proven; float64 has to settle the others.
         latents: z of each group, (tokens, rank) in float64.
-        upper: the two largest upper bounds, or one where the bank has one adapter.
+        upper: the `BEST` largest upper bounds, in order, or as many as there are adapters.
         place: whose they are.
-        length: ‖z‖ of each token under the A of those two, (tokens, 2).
+        length: ‖z‖ of each token under the A of those.
+        bar: whoever's upper bound does not reach it can neither win nor tie.
     """
 
     winner: Int[Tensor, " tokens"]
@@ -85,6 +90,7 @@ class Leaders:
     upper: Float[Tensor, "tokens best"]
     place: Int[Tensor, "tokens best"]
     length: Float[Tensor, "tokens best"]
+    bar: Float[Tensor, " tokens"]
 
 
 def score_table(factors: LayerFactors, form: NormScore) -> ScoreTable:
@@ -105,7 +111,7 @@ def score_table(factors: LayerFactors, form: NormScore) -> ScoreTable:
     return ScoreTable(
         groups,
         scale.float(),
-        centre.float(),
+        -centre.float(),
         slack,
         doubtful if bool(doubtful.any()) else None,
         float(known.max()) if known.numel() > 0 else 0.0,
@@ -145,7 +151,7 @@ def values(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> Float[Tensor,
     for group, z in zip(table.groups, latents(table, x), strict=True):
         square, length = squares(group, z)
         roots.append(square.clamp_min_(0.0).sqrt_().mul_(length.float()))
-    return spread_out(table, roots).mul_(table.scale).sub_(table.centre)
+    return torch.addcmul(table.offset, spread_out(table, roots), table.scale)
 
 
 def spread_out(table: ScoreTable, columns: Sequence[Float[Tensor, "rows _"]]) -> Float[Tensor, "rows adapters"]:
@@ -178,55 +184,114 @@ def leaders(
     upper, place, length, widest = (
         torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)
     )
-    certain = _certain(table, upper, place, length, widest)
+    bar = _bar(table, upper[:, 0], place[:, 0], length[:, 0], widest)
     if table.doubtful is not None:
         allowed = table.doubtful if permitted is None else table.doubtful & permitted
-        certain = certain & ~allowed.any(-1)
-    winner = torch.where(upper[:, 0] > -torch.inf, place[:, 0], BASE)
-    return Leaders(winner, certain, zs, upper, place, length)
+        bar = bar.masked_fill(allowed.any(-1), -torch.inf)
+    nobody = upper[:, 0] == -torch.inf
+    alone = upper[:, 1] < bar if upper.shape[1] > 1 else upper[:, 0].isfinite()
+    winner = torch.where(nobody, BASE, place[:, 0])
+    return Leaders(winner, alone | nobody, zs, upper, place, length, bar)
 
 
 def _bounds(table: ScoreTable, zs: list[Tensor], permitted: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two largest upper bounds of each token, whose they are, ‖z‖ under their A, and the widest centre."""
+    """The largest upper bounds of each token, whose they are, ‖z‖ under their A, and the widest centre."""
     roots: list[Tensor] = []
     lengths: list[Tensor] = []
     for group, z in zip(table.groups, zs, strict=True):
         square, length = squares(group, z)
         lengths.append(length.float())
         roots.append(square.add_(group.slack).clamp_min_(0.0).sqrt_().mul_(lengths[-1]))
-    upper = spread_out(table, roots).mul_(table.scale).sub_(table.centre)
+    upper = torch.addcmul(table.offset, spread_out(table, roots), table.scale)
     widest = upper.new_full((upper.shape[0],), table.widest)
     if permitted is not None:
         upper.masked_fill_(~permitted, -torch.inf)
-        counted = permitted & table.centre.isfinite()
-        widest = torch.where(counted, table.centre.abs(), 0.0).amax(1)
-    best, place = upper.topk(min(2, upper.shape[1]), dim=1)
+        widest = torch.where(permitted & table.offset.isfinite(), table.offset.abs(), 0.0).amax(1)
+    best, place = upper.topk(min(BEST, upper.shape[1]), dim=1)
     if len(table.groups) == 1:
         return best, place, lengths[0].expand_as(best), widest
     by_adapter = spread_out(table, [length.expand(-1, len(r.T)) for length, r in zip(lengths, roots, strict=True)])
     return best, place, by_adapter.gather(1, place), widest
 
 
-def _certain(table: ScoreTable, upper: Tensor, place: Tensor, length: Tensor, widest: Tensor) -> Tensor:
-    """Whether the first of each token wins whatever the errors: then float64 would neither differ nor see a tie."""
-    first, winner = upper[:, 0].double(), place[:, 0]
+def _bar(table: ScoreTable, first: Tensor, winner: Tensor, length: Tensor, widest: Tensor) -> Tensor:
+    """What an upper bound must reach to be a rival of the first: its lower bound, less a tie and float32's rounding."""
+    high, centre = first.double(), -table.offset[winner].double()
     # Seven roundings of float32 at most lie between q and U, on a number no larger than U + widest.
-    rounding = 16.0 * FP32_UNIT * (first.abs() + 2.0 * widest)
-    centre = table.centre[winner].double()
-    reach = first + centre
-    error = 2.0 * table.slack[winner] * (table.scale[winner].double() * length[:, 0]).square()
-    lower = (reach.square() - error).clamp_min(0.0).sqrt() - centre
-    second = upper[:, 1] if upper.shape[1] > 1 else torch.full_like(first, -torch.inf)
-    clear = second + rounding < lower - rounding - 3.0 * TIE * lower.abs().clamp_min(1.0)
-    return (clear & first.isfinite()) | (first == -torch.inf)
+    rounding = 32.0 * FP32_UNIT * (high.abs() + 2.0 * widest)
+    error = 2.0 * table.slack[winner] * (table.scale[winner].double() * length).square()
+    lower = ((high + centre).square() - error).clamp_min(0.0).sqrt() - centre
+    bar = lower - rounding - 3.0 * TIE * lower.abs().clamp_min(1.0)
+    return torch.where(bar.isnan(), -torch.inf, bar)
+
+
+def settled_leaders(
+    factors: LayerFactors,
+    form: NormScore,
+    x: Float[Tensor, "tokens inner"],
+    found: Leaders,
+    rows: Int[Tensor, " few"],
+) -> tuple[Int[Tensor, " told"], Decision, Int[Tensor, " untold"]]:
+    """Of the doubtful tokens `rows`: those settled in float64 among the leaders, how, and those with more rivals.
+
+    Args:
+        factors: of the layer.
+        form: of the scores.
+        x: the layer's input, of all tokens.
+        found: the leaders of all tokens.
+        rows: places of doubtful tokens.
+    """
+    upper, place = found.upper[rows], found.place[rows]
+    rivals = upper >= found.bar[rows, None]
+    closed = ~rivals[:, -1] | (upper[:, -1] == -torch.inf) | (upper.shape[1] == form.eligible.shape[0])
+    closed = closed & upper[:, 0].isfinite() & (found.bar[rows] > -torch.inf)
+    told = rows[closed]
+    upper, place, rivals = upper[closed], place[closed], rivals[closed] & (upper[closed] > -torch.inf)
+    value = torch.full((told.shape[0], form.eligible.shape[0]), -torch.inf, dtype=torch.float64, device=x.device)
+    value.scatter_(1, place, upper.double())
+    for adapter in place[rivals].unique().tolist():
+        mine = (rivals & (place == adapter)).any(1).nonzero().flatten()
+        norm = exact_norms(factors, adapter, x[told[mine]])
+        value[mine, adapter] = norm / form.unit[adapter] - form.centre[adapter]
+    return told, ranked(value, torch.ones_like(told, dtype=torch.bool)), rows[~closed]
+
+
+def lone_winner(
+    table: ScoreTable, x: Float[Tensor, "1 inner"], permitted: Bool[Tensor, "1 adapters"] | None
+) -> tuple[int, Float[Tensor, "1 rank"]] | None:
+    """The winner of a single token and its z; None where `leaders` must look closer. The road of decoding.
+
+    The same bounds as `leaders`, with the least number of operations: each costs more than what it computes. Only
+    where all adapters share one A. (What is forbidden may lead to None here, never to another winner.)
+    """
+    group = table.groups[0]
+    if group.columns is not None or table.doubtful is not None:
+        return None
+    z = x.double() @ group.A.T
+    length = float(torch.linalg.vector_norm(z))
+    if not 0.0 < length < math.inf:
+        return None
+    pairs = (z / length).float()[0][group.pairs]
+    root = torch.mv(group.grams, pairs[0] * pairs[1]).add_(group.slack).clamp_min_(0.0).sqrt_()
+    upper = torch.addcmul(table.offset, root, table.scale, value=length)
+    if permitted is not None:
+        upper.masked_fill_(~permitted[0], -torch.inf)
+    best, place = upper.topk(min(2, upper.shape[0]))
+    high, winner = float(best[0]), int(place[0])
+    if not math.isfinite(high):
+        return (BASE, z) if high == -math.inf else None
+    centre, slack = -float(table.offset[winner]), 2.0 * group.slack * (float(table.scale[winner]) * length) ** 2
+    lower = math.sqrt(max(0.0, (high + centre) ** 2 - slack)) - centre
+    bar = lower - 32.0 * FP32_UNIT * (abs(high) + 2.0 * table.widest) - 3.0 * TIE * max(1.0, abs(lower))
+    return (winner, z) if best.shape[0] == 1 or float(best[1]) < bar else None
 
 
 def decision_of(table: ScoreTable, found: Leaders) -> Decision:
     """The leaders as a decision, with margin and runner-up as a trace tells them."""
-    scale = table.scale[found.place].double() * found.length
-    centre = table.centre[found.place].double()
-    norm = ((found.upper.double() + centre).square() - table.slack[found.place] * scale.square()).clamp_min(0.0).sqrt()
-    value = torch.where(found.upper > -torch.inf, norm - centre, -torch.inf)
+    upper, place, length = found.upper[:, :2].double(), found.place[:, :2], found.length[:, :2]
+    scale, centre = table.scale[place].double() * length, -table.offset[place].double()
+    norm = ((upper + centre).square() - table.slack[place] * scale.square()).clamp_min(0.0).sqrt()
+    value = torch.where(upper > -torch.inf, norm - centre, -torch.inf)
     rescored = torch.zeros_like(found.certain)
     if value.shape[1] == 1:
         nobody = torch.full_like(found.winner, BASE)

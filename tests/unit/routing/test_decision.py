@@ -157,7 +157,14 @@ def test_mixtures() -> None:
 
 def acted(factors: LayerFactors, x: torch.Tensor, chosen: Mixture, *, slots: int = 4) -> torch.Tensor | None:
     device = torch.device("cpu")
-    pool = MatrixPool(factors.folded_B, rank=factors.rank, out=factors.shape.out_features, slots=slots, device=device)
+    pool = MatrixPool(
+        factors.folded_B,
+        adapters=factors.present.shape[0],
+        rank=factors.rank,
+        out=factors.shape.out_features,
+        slots=slots,
+        device=device,
+    )
     return act(pool, Latents(x, factors), chosen)
 
 

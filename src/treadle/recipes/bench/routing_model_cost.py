@@ -122,11 +122,11 @@ def _row(
             for prompt in prompts:
                 theirs.append(_timed(peer, prompt))
                 ours.append(_timed(routed, prompt))
-    chosen = {place for layer in routed.layers.values() for place in layer.pool.wins}
+    chosen = torch.stack([layer.pool.wins for layer in routed.layers.values()]).sum(0).count_nonzero()
     return {
         "adapters": count,
         "granularity": granularity,
-        "chosen": len(chosen),
+        "chosen": int(chosen),
         "prefill": median(t.prefill for t in ours),
         "decode": median(t.decode for t in ours),
         "lora_prefill": median(t.prefill for t in theirs),
