@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from treadle.cli.console import print_json, working
+from treadle.cli.console import print_json, remark, working
 from treadle.cli.options import Json
 
 
@@ -25,6 +25,8 @@ def bench_command(
 ) -> None:
     """Measure a benchmark, or show what the committed runs say.
 
+    A full run writes results/NAME.json and its chart, results/NAME.svg.
+
     Example: treadle bench routing-exactness --quick --json
     """
     from treadle.cli.tables import show_benchmark
@@ -35,6 +37,13 @@ def bench_command(
         raise InputError("--quick and --show contradict each other", remedy="give one of them")
     with working() as progress:
         result = run_benchmark(name, folder=folder, quick=quick, show=show, data=data, work=work, progress=progress)
+    if not quick and not show:
+        from treadle.reports.benchmark_charts import benchmark_chart
+        from treadle.reports.pages import write_page
+
+        chart = folder / "results" / f"{name}.svg"
+        write_page(chart, benchmark_chart(result))
+        remark(f"chart: {chart}")
     if json:
         print_json(result)
     else:

@@ -4,6 +4,7 @@ Ink and grid take the page's colours, so light and dark both read; every mark ca
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -165,6 +166,91 @@ def legend(tints: Mapping[str, str]) -> Markup:
     return Markup('<p class="legend">{}</p>').format(
         Markup("").join(Markup(swatch).format(tint, name) for name, tint in tints.items())
     )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure beside what it should reach.
+
+    Attributes:
+        name: of the figure.
+        text: the figure and its goal in words.
+        ratio: the figure as a multiple of the goal; None where there is no goal, or a goal of 0.
+        holds: whether the goal is reached; None where nothing is judged.
+    """
+
+    name: str
+    text: str
+    ratio: float | None
+    holds: bool | None
+
+
+_VERDICTS = {True: "#009E73", False: "#D55E00", None: NEUTRAL}
+
+
+def goal_chart(goals: Sequence[Goal], *, title: str) -> Markup:
+    """A bar a figure from 0 to twice its goal: green where it holds, red where it is missed, grey where neither."""
+    left, width = 16 + 6.5 * max((len(goal.name) for goal in goals), default=1), 200.0
+    bottom = 8.0 + 22 * len(goals)
+    judged = any(goal.ratio is not None for goal in goals)
+    parts = [_tick(left + width / 2, bottom, "goal")] if judged else []
+    bar = Markup('<g><title>{}</title><rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="12" rx="2" fill="{}"/></g>')
+    for down, goal in enumerate(goals):
+        y, tint = 8.0 + 22 * down, _VERDICTS[goal.holds]
+        parts.append(_text(left - 8, y + 13, goal.name, "end"))
+        if goal.ratio is None:
+            parts.append(bar.format(goal.text, left, y + 3, 3.0, tint))
+        else:
+            share = min(1.0, max(0.0, goal.ratio / 2)) if math.isfinite(goal.ratio) else 0.0
+            parts.append(bar.format(goal.text, left, y + 3, max(3.0, width * share), tint))
+        parts.append(_text(left + width + 12, y + 13, goal.text, "start"))
+    longest = max((len(goal.text) for goal in goals), default=1)
+    return _svg(parts, left + width + 20 + 6.2 * longest, bottom + 20, title)
+
+
+def key(tints: Mapping[str, str]) -> Markup:
+    """What `legend` says, as a drawing, for sheets that are no pages."""
+    parts: list[Markup] = []
+    x = 0.0
+    for name, tint in tints.items():
+        swatch = Markup('<rect x="{:.1f}" y="3" width="10" height="10" rx="2" fill="{}"/>')
+        parts.append(swatch.format(x, tint) + _text(x + 15, 12.0, name, "start"))
+        x += 35 + 6.5 * len(name)
+    return _svg(parts, max(x, 1.0), 18.0, ", ".join(tints))
+
+
+_SIZE = re.compile(r'viewBox="0 0 (\d+) (\d+)"')
+# A ground of its own, so that the ink reads wherever the picture is shown, on white and on dark.
+_STYLE = (
+    "text{font:11px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}.head{font-weight:600;font-size:13px}"
+    ".ink,.head{fill:#1c1e21}.muted{fill:#5f646b}.on{fill:#fff}.grid{stroke:#dcdfe3}.ground{fill:#fdfdfc}"
+)
+
+
+def sheet(panels: Sequence[tuple[str, Markup]], *, title: str) -> str:
+    """A whole SVG file: the title, then each chart below its heading ("" for none).
+
+    What a chart puts before its drawing for a page, such as the name of an axis, is left out: headings say it.
+    """
+    parts = [_text(16.0, 26.0, title, "start", "muted")]
+    y, width = 40.0, 32 + 6.2 * len(title)
+    for heading, chart in panels:
+        drawing = Markup(chart[chart.index("<svg") :])
+        across, down = (int(size) for size in _SIZE.findall(drawing)[0])
+        if heading:
+            parts.append(_text(16.0, y + 16, heading, "start", "head"))
+            y += 26
+        opened = Markup('<svg x="16" y="{:.0f}" width="{}" height="{}" ').format(y, across, down)
+        parts.append(opened + Markup(drawing.removeprefix("<svg ")))
+        y += down + 10
+        width = max(width, across + 32.0, 32 + 7.4 * len(heading))
+    head = Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" '
+        'width="{:.0f}" height="{:.0f}"><style>{}</style>'
+        '<rect class="ground" width="100%" height="100%" rx="6"/>{}</svg>'
+    )
+    body = Markup("").join(parts)
+    return str(head.format(title, width, y + 8, width, y + 8, Markup(_STYLE), body)) + "\n"
 
 
 def _text(x: float, y: float, content: str, anchor: str, kind: str = "ink") -> Markup:

@@ -298,6 +298,7 @@ class TestEvalDemoBench:
             "device": "CPU",
             "commit": "abc",
             "metrics": {"wrong_decisions": {"value": 0, "unit": "1", "goal": "<= 0", "holds": True}},
+            "rows": [],
         }
 
         def fake(name: str, **_: object) -> dict[str, object]:
@@ -305,7 +306,11 @@ class TestEvalDemoBench:
 
         monkeypatch.setattr("treadle.recipes.bench.run_benchmark", fake)
         assert parsed("bench", "routing-exactness", "--quick") == result
-        said = done("bench", "routing-exactness").stdout
+        for part in ("--quick", "--show"):
+            done("bench", "routing-exactness", part, "--folder", tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        said = done("bench", "routing-exactness", "--folder", tmp_path).stdout
+        assert "wrong_decisions" in (tmp_path / "results" / "routing-exactness.svg").read_text()
         assert "wrong_decisions" in said
         assert "yes" in said
         assert "contradict" in refused("bench", "routing-exactness", "--quick", "--show")
