@@ -1,7 +1,7 @@
 """Options that several commands share, so that they read the same everywhere."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,5 +23,12 @@ Caller = Annotated[str, typer.Option("--caller", metavar="NAME", help="Who asks,
 Data = Annotated[
     list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="What the request's data are; repeat it.")
 ]
+
+# Spelled out, since help must not wait for torch; a test holds them to what the library knows.
+ScorerName = Literal[
+    "seqr", "norm", "ratio", "arrow", "arrow-parameters", "spectr", "lag", "mean", "perplexity", "linear"
+]
+
+GranularityName = Literal["sequence", "evidence", "token", "layer"]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.")]

@@ -1,12 +1,12 @@
 """`treadle route`: which adapter acts where, and why."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from treadle.cli.console import remark, working
-from treadle.cli.options import Base, Data, Html, Json
+from treadle.cli.options import Base, Data, GranularityName, Html, Json, ScorerName
 from treadle.errors import InputError
 
 
@@ -19,11 +19,15 @@ def route_command(
     bank: Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")],
     text: Annotated[str, typer.Argument(help="The prompt.")],
     granularity: Annotated[
-        Literal["sequence", "token"], typer.Option(help="One adapter a prompt, or one a token and layer.")
+        GranularityName,
+        typer.Option(help="One adapter a prompt, a token and layer, a block, or by the evidence so far."),
     ] = "sequence",
     scorer: Annotated[
-        Literal["seqr", "norm", "arrow", "mean"], typer.Option(help="zscore is SEQR's; arrow and mean mix adapters.")
+        ScorerName, typer.Option(help="How adapters are compared; arrow, spectr and mean let several act.")
     ] = "seqr",
+    router: Annotated[
+        Path | None, typer.Option("--router", metavar="DIR", help="The trained router that the scorer linear needs.")
+    ] = None,
     permit: Annotated[
         list[str] | None, typer.Option("--permit", metavar="NAME", help="An adapter that may be used; repeat it.")
     ] = None,
@@ -56,7 +60,7 @@ def route_command(
         raise InputError("--policy needs --caller, and --caller and --label need it", remedy="give both or neither")
     permitted = frozenset(permit or ()) if permit or permit_none else None
     question = None if policy is None or caller is None else AccessQuestion(policy, caller, tuple(label or ()))
-    settings = RouteSettings(scorer, granularity, permitted, max_new_tokens, compare_base, base, question, log)
+    settings = RouteSettings(scorer, granularity, permitted, max_new_tokens, compare_base, base, question, log, router)
     with working() as progress:
         result = route(bank, text, settings, progress=progress)
     if html is not None:

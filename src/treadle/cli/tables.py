@@ -216,7 +216,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
         print_table(f"{condition}: share answered rightly, 95% interval", ("arm", *heads), lines)
     for row in evaluation.routing:
         if row.right is not None:
-            say(f"{row.task} ({row.condition}): {row.right:.1%} of {row.count} prompts went to its own adapter")
+            share = f"{row.right:.1%} of {row.count} prompts"
+            say(f"{row.task} ({row.condition}), {row.arm}: {share} went to its own adapter")
 
 
 def show_benchmark(result: Mapping[str, object]) -> None:

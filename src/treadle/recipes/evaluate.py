@@ -1,13 +1,12 @@
 """Tasks × routers: what each way of using a bank answers rightly.
 
 for each task and condition:
-    base            no adapter
-    alone:NAME      one adapter everywhere
-    mean            all adapters, equal weight
-    arrow           ARROW's softmax over the three best directions
-    token           SEQR as published: z-scored argmax a token and layer
-    sequence        one adapter a prompt, by its mean z-score
-    oracle          the task's own adapter alone
+    base                    no adapter
+    alone:NAME              one adapter everywhere
+    SCORER:GRANULARITY      who acts is chosen by a scorer, as often as the granularity says
+    token                   SEQR as published: z-scored argmax a token and layer
+    sequence                one adapter a prompt, by SEQR's mean z-score
+    oracle                  the task's own adapter alone
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.configs.evaluate import EvaluateRun
+from treadle.configs.evaluate import ROUTER, UNROUTED, EvaluateRun, routed_arm
 from treadle.data.prompts import Example
 from treadle.data.tasks import Condition, Task, load_task
 from treadle.evaluation.answers import Answering, batches, correct, encoded_prompts
@@ -30,15 +29,11 @@ from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
 from treadle.routing.decision import BASE
 from treadle.routing.routed import Granularity, RoutedModel
+from treadle.routing.scorers import Scorer, scorer_of
+from treadle.routing.scorers.linear import LinearRouter, fit, linear
 
 MEAN_OF_TASKS = "(mean)"
 """The name under which averages over tasks stand among the rows."""
-
-_LIVE: Mapping[str, tuple[str, Granularity]] = {
-    "mean": ("mean", "token"),
-    "arrow": ("arrow", "token"),
-    "token": ("seqr", "token"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class EvaluationRow:
     Attributes:
         task: its name, or "(mean)".
         condition: the form of the prompts.
-        arm: base, alone:NAME, mean, arrow, token, sequence, oracle.
+        arm: as the run names it; alone:NAME for "alone".
         value: share of prompts answered rightly.
         low: lower end of the 95% interval.
         high: upper end of the 95% interval.
@@ -66,7 +61,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class RoutingRow:
-    """Where the prompts of a task went under `sequence`.
+    """Where the prompts of a task went under an arm that chooses one adapter a prompt.
 
     Attributes:
         task: its name.
@@ -74,6 +69,7 @@ class RoutingRow:
         right: share that went to the task's own adapter; None where it has none in the bank.
         shares: adapter (or "base") → share.
         count: prompts.
+        arm: who chose.
     """
 
     task: str
@@ -81,6 +77,7 @@ class RoutingRow:
     right: float | None
     shares: Mapping[str, float]
     count: int
+    arm: str = "sequence"
 
 
 @dataclass(frozen=True)
@@ -145,25 +142,26 @@ def evaluate_bank(
     cells: list[tuple[Task, Condition]] = [(task, form) for task in tasks for form in config.conditions]
     verdicts: dict[tuple[str, str], dict[str, list[bool]]] = {}
     routing: list[RoutingRow] = []
+    scorers = _scorers(bank, model, tokenizer, tasks, config, progress)
     few_shot = config.few_shot and "few-shot" not in config.conditions
     steps = len(cells) + len(tasks) * few_shot
     for done, (task, condition) in enumerate(cells):
         examples = _examples(task, condition, config)
-        bench = _Bench(bank, model, tokenizer, task, examples, config)
+        bench = _Bench(bank, model, tokenizer, task, examples, config, scorers)
 
         def told(arm: str, *, at: int = done, name: str = f"{task.name} ({condition})") -> None:
             progress(f"{name}: {arm}", at, steps)
 
         found, chosen = bench.verdicts(told)
         verdicts[task.name, condition] = found
-        routing.append(_routing_row(bank, task, condition, chosen))
+        routing += [_routing_row(bank, task, condition, places, arm) for arm, places in chosen.items()]
     if few_shot:
         for done, task in enumerate(tasks):
             progress(f"{task.name} (few-shot): base", len(cells) + done, steps)
-            bench = _Bench(bank, model, tokenizer, task, _examples(task, "few-shot", config), config)
+            bench = _Bench(bank, model, tokenizer, task, _examples(task, "few-shot", config), config, scorers)
             verdicts[task.name, "few-shot"] = {"base": bench.plain()}
     progress("evaluated", steps, steps)
-    settings = config.model_dump(mode="json", exclude={"bank", "base", "data", "out"}) | {
+    settings = config.model_dump(mode="json", exclude={"bank", "base", "data", "out", "router"}) | {
         "base": asdict(bank.family.base),
         "family": bank.family.fingerprint,
         "adapters": list(bank.names),
@@ -176,6 +174,60 @@ def _examples(task: Task, condition: Condition, config: EvaluateRun) -> list[Exa
     return task.examples("test", data_root=config.data, condition=condition, limit=config.limit, seed=config.seed)
 
 
+def _scorers(
+    bank: AdapterBank,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: EvaluateRun,
+    progress: Progress,
+) -> dict[str, Scorer]:
+    """The scorers of the run's arms by name; those that need a calibration are left out where there is none."""
+    names = {routed_arm(arm).scorer for arm in config.arms if arm not in UNROUTED}
+    found = {name: scorer_of(name) for name in names - {ROUTER}}
+    if ROUTER in names:
+        found[ROUTER] = linear(_router(bank, model, tokenizer, tasks, config, progress), bank)
+    return {name: scorer for name, scorer in found.items() if bank.statistics is not None or not scorer.calibrated}
+
+
+def _router(
+    bank: AdapterBank,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: EvaluateRun,
+    progress: Progress,
+) -> LinearRouter:
+    """The run's router, from its folder or from the training prompts of the tasks that have an adapter."""
+    if config.router is not None and config.router.exists():
+        return LinearRouter.load(config.router)
+    count = config.router_examples
+    texts: dict[str, tuple[list[str], list[str]]] = {}
+    for task in tasks:
+        if task.name not in bank.names:
+            continue
+        forms = [
+            task.examples("train", data_root=config.data, condition=form, limit=count + count // 5, seed=config.seed)
+            for form in ("trained", "bare")
+        ]
+        cut = min(count, 5 * len(forms[0]) // 6)
+        texts[task.name] = (
+            [example.prompt for form in forms for example in form[:cut]],
+            [example.prompt for form in forms for example in form[cut:]],
+        )
+    router = fit(
+        model,
+        tokenizer,
+        base=bank.family.base,
+        train={name: train for name, (train, _) in texts.items()},
+        validation={name: held for name, (_, held) in texts.items()},
+        progress=progress,
+    )
+    if config.router is not None:
+        router.save(config.router)
+    return router
+
+
 @dataclass(frozen=True)
 class _Bench:
     """One task in one condition, and everything that may answer it."""
@@ -186,6 +238,7 @@ class _Bench:
     task: Task
     examples: Sequence[Example]
     config: EvaluateRun
+    scorers: Mapping[str, Scorer]
 
     def _judge(self, model: PreTrainedModel | RoutedModel, examples: Sequence[Example]) -> list[bool]:
         answering = Answering(allow_code_execution=self.config.allow_code_execution)
@@ -204,34 +257,32 @@ class _Bench:
         """What the base answers."""
         return self._judge(self.model, self.examples)
 
-    def verdicts(self, told: Callable[[str], None]) -> tuple[dict[str, list[bool]], list[int]]:
-        """Arm → verdicts, and the place of the adapter that `sequence` chose for each prompt."""
-        arms, names = self.config.arms, self.bank.names
-        calibrated, own = self.bank.statistics is not None, self.task.name in names
+    def verdicts(self, told: Callable[[str], None]) -> tuple[dict[str, list[bool]], dict[str, list[int]]]:
+        """Arm → verdicts, and arm → place of the adapter chosen for each prompt, of arms that choose one a prompt."""
+        names, alone = self.bank.names, _Alone(self)
         found: dict[str, list[bool]] = {}
-        alone = _Alone(self)
-        if "base" in arms:
-            told("base")
-            found["base"] = alone.verdicts([BASE] * len(self.examples))
-        if "alone" in arms:
-            for place, name in enumerate(names):
-                told(f"alone:{name}")
-                found[f"alone:{name}"] = alone.verdicts([place] * len(self.examples))
-        for arm, (scorer, granularity) in _LIVE.items():
-            if arm in arms and (calibrated or scorer != "seqr"):
+        chosen: dict[str, list[int]] = {}
+        for arm in self.config.arms:
+            if arm == "alone":
+                for place, name in enumerate(names):
+                    told(f"alone:{name}")
+                    found[f"alone:{name}"] = alone.verdicts([place] * len(self.examples))
+            elif arm == "base" or (arm == "oracle" and self.task.name in names):
                 told(arm)
-                found[arm] = self._routed(scorer, granularity)
-        chosen: list[int] = []
-        if "sequence" in arms and calibrated:
-            told("sequence")
-            chosen = choices(self.bank, self.model, self.tokenizer, self.examples)
-            found["sequence"] = self._routed("seqr", "sequence") if self.config.live else alone.verdicts(chosen)
-        if "oracle" in arms and own:
-            told("oracle")
-            found["oracle"] = alone.verdicts([names.index(self.task.name)] * len(self.examples))
+                place = BASE if arm == "base" else names.index(self.task.name)
+                found[arm] = alone.verdicts([place] * len(self.examples))
+            elif arm != "oracle" and routed_arm(arm).scorer in self.scorers:
+                told(arm)
+                routed = routed_arm(arm)
+                scorer = self.scorers[routed.scorer]
+                one_a_prompt = routed.granularity == "sequence" and scorer.top_k == 1
+                if one_a_prompt:
+                    chosen[arm] = choices(self.bank, self.model, self.tokenizer, self.examples, scorer)
+                is_live = self.config.live or not one_a_prompt
+                found[arm] = self._routed(scorer, routed.granularity) if is_live else alone.verdicts(chosen[arm])
         return found, chosen
 
-    def _routed(self, scorer: str, granularity: Granularity) -> list[bool]:
+    def _routed(self, scorer: Scorer, granularity: Granularity) -> list[bool]:
         routed = RoutedModel(self.model, self.bank, scorer=scorer, granularity=granularity)
         try:
             return self._judge(routed, self.examples)
@@ -257,10 +308,14 @@ class _Alone:
 
 
 def choices(
-    bank: AdapterBank, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    bank: AdapterBank,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    scorer: str | Scorer = "seqr",
 ) -> list[int]:
     """The place of the adapter that `sequence` chooses for each prompt, `BASE` for none."""
-    routed = RoutedModel(model, bank, granularity="sequence")
+    routed = RoutedModel(model, bank, scorer=scorer, granularity="sequence")
     chosen = [BASE] * len(examples)
     try:
         for places in batches(tokenizer, examples, Answering().batch_tokens):
@@ -274,11 +329,11 @@ def choices(
     return chosen
 
 
-def _routing_row(bank: AdapterBank, task: Task, condition: str, chosen: Sequence[int]) -> RoutingRow:
+def _routing_row(bank: AdapterBank, task: Task, condition: str, chosen: Sequence[int], arm: str) -> RoutingRow:
     names = ["base" if place == BASE else bank.names[place] for place in chosen]
     count = len(names)
     shares = {name: names.count(name) / count for name in (*bank.names, "base")} if count else {}
-    return RoutingRow(task.name, condition, shares.get(task.name), shares, count)
+    return RoutingRow(task.name, condition, shares.get(task.name), shares, count, arm)
 
 
 def _rows(verdicts: Mapping[tuple[str, str], Mapping[str, Sequence[bool]]]) -> tuple[EvaluationRow, ...]:

@@ -15,10 +15,13 @@ from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.recipes.access import AccessQuestion, permitted_of
 from treadle.recipes.bases import base_folder
+from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_present
 from treadle.routing.decision_log import LogContext, append_decision, entry_of
 from treadle.routing.evidence import Evidence, prompt_evidence
 from treadle.routing.routed import Granularity, RoutedModel
+from treadle.routing.scorers import Scorer
+from treadle.routing.scorers.linear import LinearRouter, linear
 from treadle.routing.trace import Trace
 
 
@@ -27,14 +30,15 @@ class RouteSettings:
     """How a prompt is routed.
 
     Attributes:
-        scorer: "seqr", "norm", "arrow" or "mean".
-        granularity: "sequence" chooses one adapter for the prompt, "token" one a token and layer.
+        scorer: one of `treadle.routing.scorers.SCORERS`, or "linear".
+        granularity: how often it chooses, see `RoutedModel`.
         permitted: the adapters that the caller may use; None permits all, an empty set leaves the base.
         max_new_tokens: how far to continue the prompt, greedily; 0 does not.
         compare_base: whether the base alone continues it too.
         base: where the base model is, if its name does not say.
         question: lets a policy say which adapters are permitted; None leaves it to `permitted`.
         log: the operator's file of decisions, to which this one is added.
+        router: the folder of the trained router that "linear" is.
     """
 
     scorer: str = "seqr"
@@ -45,6 +49,7 @@ class RouteSettings:
     base: str | None = None
     question: AccessQuestion | None = None
     log: Path | None = None
+    router: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def route(
     place = str(base_folder(bank.family.base, asked.base, progress=progress))
     progress("loading the base model", 0, 0)
     tokenizer = load_tokenizer(place)
-    model = RoutedModel(load_model(place), bank, scorer=asked.scorer, granularity=asked.granularity)
+    model = RoutedModel(load_model(place), bank, scorer=_scorer(asked, bank), granularity=asked.granularity)
     encoded = tokenizer(text, return_tensors="pt")
     ids: Tensor = encoded["input_ids"].to(model.model.device)
     if ids.shape[1] == 0:
@@ -156,10 +161,17 @@ def route(
     said, plain = _continuations(model, tokenizer, ids, asked, progress)
     adapters = tuple(n for n in bank.names if asked.permitted is None or n in asked.permitted)
     # A mean of all adapters has nothing to choose by sequence; policy and log are the operator's.
-    used = replace(asked, granularity=model.granularity, question=None, log=None)
+    used = replace(asked, granularity=model.granularity, question=None, log=None, router=None)
     return RouteResult(
         folder.resolve().name, bank.family.base.name, text, used, adapters, choice, tokens, layers, said, plain
     )
+
+
+def _scorer(asked: RouteSettings, bank: AdapterBank) -> str | Scorer:
+    """The scorer by name, or the trained one."""
+    if (asked.scorer == "linear") != (asked.router is not None):
+        raise InputError("scorer 'linear' and a router belong together", remedy="give both or neither")
+    return asked.scorer if asked.router is None else linear(LinearRouter.load(asked.router), bank)
 
 
 def _log(file: Path, model: RoutedModel, digest: str, asked: RouteSettings, trace: Trace) -> None:
@@ -179,7 +191,7 @@ def _routing(
     model: RoutedModel, ids: Tensor, asked: RouteSettings, pieces: list[str], trace: Trace
 ) -> tuple[tuple[TokenRow, ...], tuple[LayerRow, ...], Choice | None]:
     allowed = None if asked.permitted is None else [asked.permitted]
-    if model.granularity == "token":
+    if model.granularity != "sequence":
         with torch.inference_mode():
             model(ids, torch.ones_like(ids), permitted=allowed)
         return *_by_token(trace, pieces), None
@@ -189,7 +201,7 @@ def _routing(
         None if place < 0 else names[place] for place in (int(decision.winner), int(decision.runner_up))
     )
     choice = Choice(winner, runner_up, float(decision.margin))
-    if asked.permitted is not None and not asked.permitted:
+    if model.scorer.prompt is not None or (asked.permitted is not None and not asked.permitted):
         return tuple(TokenRow(piece, True, None) for piece in pieces), (), choice
     return *_by_evidence(prompt_evidence(model, ids, permitted=asked.permitted), pieces), choice
 

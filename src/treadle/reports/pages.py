@@ -188,12 +188,17 @@ def _evaluation_parts(evaluation: Evaluation) -> dict[str, object]:
         )
         for task in sorted(tasks, key=lambda task: task != MEAN_OF_TASKS)
     ]
-    routes = [(condition, _routing_map(evaluation, condition)) for condition in conditions]
+    routers = list(dict.fromkeys(row.arm for row in evaluation.routing))
+    routes = [
+        (condition if len(routers) == 1 else f"{condition}, {arm}", _routing_map(evaluation, condition, arm))
+        for condition in conditions
+        for arm in routers
+    ]
     return {
         "tables": tables,
         "charts": charts,
         "condition_legend": legend(colours(conditions)),
-        "routes": [(condition, chart) for condition, chart in routes if chart is not None],
+        "routes": [(label, chart) for label, chart in routes if chart is not None],
         "settings": {key: _setting(value) for key, value in evaluation.settings.items()},
     }
 
@@ -229,7 +234,7 @@ def _dots(rows: Sequence[EvaluationRow], conditions: Sequence[str]) -> Markup:
     return dot_chart(dots, conditions, title="share answered rightly, with 95% intervals")
 
 
-def _routing_map(evaluation: Evaluation, condition: str) -> Markup | None:
+def _routing_map(evaluation: Evaluation, condition: str, arm: str) -> Markup | None:
     cells = {
         (row.task, adapter): Cell(
             share,
@@ -237,7 +242,7 @@ def _routing_map(evaluation: Evaluation, condition: str) -> Markup | None:
             f"{share:.1%} of {row.count} prompts of {row.task} went to {adapter}",
         )
         for row in evaluation.routing
-        if row.condition == condition
+        if (row.condition, row.arm) == (condition, arm)
         for adapter, share in row.shares.items()
     }
     if not cells:

@@ -20,6 +20,7 @@ class PromptTotals:
 
     Attributes:
         counted: (rows, tokens), which tokens count.
+        permitted: (rows, adapters), None for all; the sums of the others are of no use.
         value: of the scores.
         lower: of their lower bounds.
         upper: of their upper bounds.
@@ -27,16 +28,19 @@ class PromptTotals:
     """
 
     counted: Bool[Tensor, "rows tokens"]
+    permitted: Bool[Tensor, "rows adapters"] | None
     value: Float[Tensor, "rows adapters"]
     lower: Float[Tensor, "rows adapters"]
     upper: Float[Tensor, "rows adapters"]
     counts: Float[Tensor, "rows adapters"]
 
     @staticmethod
-    def empty(counted: Bool[Tensor, "rows tokens"], adapters: int) -> "PromptTotals":
+    def empty(
+        counted: Bool[Tensor, "rows tokens"], permitted: Bool[Tensor, "rows adapters"] | None, adapters: int
+    ) -> "PromptTotals":
         """Totals of nothing."""
         zero = torch.zeros(counted.shape[0], adapters, dtype=torch.float64, device=counted.device)
-        return PromptTotals(counted, zero, zero, zero, zero)
+        return PromptTotals(counted, permitted, zero, zero, zero, zero)
 
     def add(self, layer: RoutedLayer, x: Tensor, settle: Tensor | None) -> None:
         """Add one layer's scores of its input x.
@@ -59,7 +63,8 @@ class PromptTotals:
         if settle is not None:
             sums = [_settled(layer, flat, mask, settle.to(x.device))] * 3
         elif layer.table is None:
-            sums = list(_plain(layer, flat, mask))
+            allowed = None if self.permitted is None else spread(self.permitted.to(x.device), flat.shape[0])
+            sums = list(_plain(layer, flat, mask, allowed))
         else:
             sums = list(_bounds(layer, layer.table, flat, mask))
         home = self.counts.device
@@ -67,9 +72,9 @@ class PromptTotals:
         self.value, self.lower, self.upper = self.value + sums[0], self.lower + sums[1], self.upper + sums[2]
         self.counts = self.counts + there.to(home)
 
-    def means(self, permitted: Tensor | None) -> Scores:
+    def means(self) -> Scores:
         """Mean scores and their bounds, -inf for an adapter that is forbidden, or eligible nowhere."""
-        allowed = self.counts > 0 if permitted is None else (self.counts > 0) & permitted
+        allowed = self.counts > 0 if self.permitted is None else (self.counts > 0) & self.permitted
         number = self.counts.clamp_min(1.0)
         value, lower, upper = (
             torch.where(allowed, part / number, -torch.inf) for part in (self.value, self.lower, self.upper)
@@ -92,7 +97,7 @@ def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -
             roots = (square + slack).clamp_min_(0.0).sqrt_()
             sums.append(torch.bmm(weight, roots.reshape(rows, seen, -1)).squeeze(1))
     number = mask.sum(1, keepdim=True)
-    scale, centre = table.scale.double(), table.centre.double()
+    scale, centre = table.scale.double(), -table.offset.double()
     lower, upper = (spread_out(table, sums).double() * scale for sums in (low, high))
     shift = number * centre
     # The sum over tokens, the table's own numbers and the roots round in float32.
@@ -100,13 +105,13 @@ def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -
     bounds = (0.5 * (lower + upper) - shift, lower - shift - rounding, upper - shift + rounding)
     if table.doubtful is None:
         return bounds
-    exact = _plain(layer, flat, mask)
+    exact = _plain(layer, flat, mask, None)
     return tuple(torch.where(table.doubtful, one, two) for one, two in zip(exact, bounds, strict=True))  # type: ignore[return-value]
 
 
-def _plain(layer: RoutedLayer, flat: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(layer: RoutedLayer, flat: Tensor, mask: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The same sums from the scorer's own scores, token by token."""
-    scores = layer.scorer.scores(layer.factors, flat, None)
+    scores = layer.scorer.scores(layer.factors, flat, permitted)
     value, lower, upper = (_summed(part.double(), mask) for part in (scores.value, scores.lower, scores.upper))
     return value, lower, upper
 

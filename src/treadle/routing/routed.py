@@ -1,30 +1,34 @@
 """A model whose adapters are chosen by what they do to the activations."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutput
 
 from treadle.errors import InputError, UnsupportedError
 from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
-from treadle.routing.decision import Decision, Mixture, contenders, ranked
+from treadle.routing.compiled import compilable
+from treadle.routing.decision import BASE, Decision, Mixture, contenders, ranked
 from treadle.routing.latents import Latents
 from treadle.routing.layer import Choice, Composition, RoutedLayer
 from treadle.routing.mixture import mixture
 from treadle.routing.prompt import PromptTotals
+from treadle.routing.prompt_batch import PromptBatch
 from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
 from treadle.routing.running import EvidencePass, RunningSums, counted_tokens, sums_of
-from treadle.routing.scorers import SCORERS, Scorer
+from treadle.routing.scorers import Scorer, scorer_of
+from treadle.routing.scores import Scores
 from treadle.routing.trace import Trace
 
 Granularity = Literal["token", "evidence", "layer", "sequence"]
@@ -91,7 +95,7 @@ class RoutedModel(nn.Module):
     Args:
         model: the base that the bank was built for: causal LM, encoder, or encoder–decoder; put into eval mode.
         bank: the adapters.
-        scorer: "seqr" (the article's), or another of `scorers.SCORERS`.
+        scorer: "seqr" (the article's), another of `scorers.SCORERS`, or one made by `fixed` or `linear`.
         granularity: "token": the article's choice a token and layer. "layer": the first adapted layer of a block
             chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
             pass whose sums travel with the KV cache; decoders only. "sequence": the base reads the prompt once, the
@@ -113,15 +117,13 @@ class RoutedModel(nn.Module):
         model: PreTrainedModel,
         bank: AdapterBank,
         *,
-        scorer: str = "seqr",
+        scorer: str | Scorer = "seqr",
         granularity: Granularity = "sequence",
         top_k: int | None = None,
         temperature: float = 1.0,
         memory: int = 2**30,
     ) -> None:
         super().__init__()
-        if scorer not in SCORERS:
-            raise InputError(f"no such scorer {scorer!r}", remedy=f"choose among {', '.join(SCORERS)}")
         if granularity not in get_args(Granularity):
             raise InputError(
                 f"no such granularity {granularity!r}", remedy=f"choose among {', '.join(get_args(Granularity))}"
@@ -130,13 +132,15 @@ class RoutedModel(nn.Module):
             raise InputError("`evidence` needs a causal decoder", remedy="use granularity 'sequence'")
         if (top_k is not None and top_k < 0) or temperature <= 0:
             raise InputError("top_k must be 0 or more and temperature above 0", remedy="leave them out")
-        if SCORERS[scorer].calibrated and bank.statistics is None:
+        self.scorer = scorer if isinstance(scorer, Scorer) else scorer_of(scorer)
+        if self.scorer.prompt is not None and granularity != "sequence":
+            raise InputError(f"{self.scorer.name!r} scores whole prompts", remedy="use granularity 'sequence'")
+        if self.scorer.calibrated and bank.statistics is None:
             raise InputError("the bank is not calibrated", remedy="calibrate it, or use scorer 'norm'")
         bank.check_model(model)
         self.model = model.eval()
         self.bank = bank
-        self.scorer: Scorer = SCORERS[scorer]
-        self.granularity: Granularity = granularity if scorer != "mean" else "token"
+        self.granularity: Granularity = granularity if self.scorer.name != "mean" else "token"
         self.composition = Composition(self.scorer.top_k if top_k is None else top_k, temperature)
         targets = adapted_layers(model, {module: layer.shape for module, layer in bank.layers.items()})
         slots = _slots(bank, memory)
@@ -203,22 +207,8 @@ class RoutedModel(nn.Module):
 
     def _choose(self, input_ids: Tensor, attention_mask: Tensor | None, permitted: Tensor | None) -> Decision:
         attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ignored = self.bank.statistics.ignored_tokens if self.bank.statistics else ()
-        mask = counted(input_ids, attention, ignored)
-
-        def totals(settle: Tensor | None) -> PromptTotals:
-            found = PromptTotals.empty(mask, len(self.bank.names))
-            self.read(input_ids, attention, lambda layer, x: found.add(layer, x, settle))
-            return found
-
-        first = totals(None)
-        scores = first.means(permitted)
-        rivals = contenders(scores)
-        disputed = (rivals.sum(1) > 1) & (self.scorer.form is not None)
-        value = scores.value
-        if bool(disputed.any()):
-            rivals &= disputed[:, None]
-            value = torch.where(rivals, totals(rivals).means(permitted).value, value)
+        scored = self._prompt_scores if self.scorer.prompt is not None else self._mean_scores
+        value, disputed = scored(input_ids, attention, permitted)
         decision = ranked(value, disputed)
         if self.composition.mixes:
             together = mixture(value, self.composition.top_k, self.composition.temperature)
@@ -226,6 +216,68 @@ class RoutedModel(nn.Module):
         if self._trace is not None:
             self._trace.choose(decision)
         return decision
+
+    def _counted(self, input_ids: Tensor, attention: Tensor) -> Tensor:
+        return counted(input_ids, attention, self.bank.statistics.ignored_tokens if self.bank.statistics else ())
+
+    def _mean_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean scores of each row over its tokens and all layers, and whether float64 settled them."""
+        mask = self._counted(input_ids, attention)
+
+        def means(settle: Tensor | None) -> Scores:
+            found = PromptTotals.empty(mask, permitted, len(self.bank.names))
+            self.read(input_ids, attention, lambda layer, x: found.add(layer, x, settle))
+            return found.means()
+
+        scores = means(None)
+        rivals = contenders(scores)
+        disputed = (rivals.sum(1) > 1) & (self.scorer.form is not None)
+        if not bool(disputed.any()):
+            return scores.value, disputed
+        rivals &= disputed[:, None]
+        return torch.where(rivals, means(rivals).value, scores.value), disputed
+
+    def _prompt_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scores of a scorer of prompts, none of them settled."""
+        rows, adapters = input_ids.shape[0], len(self.bank.names)
+
+        def logits(place: int, some: Tensor) -> Tensor:
+            names = [self.bank.names[place]] * some.shape[0]
+            output = self(
+                input_ids[some],
+                attention[some],
+                permitted=[{name} for name in names],
+                chosen=self.chosen(names),
+                use_cache=False,
+            )
+            return cast("CausalLMOutput", output).logits  # type: ignore[return-value]
+
+        everybody = torch.ones(rows, adapters, dtype=torch.bool, device=input_ids.device)
+        batch = PromptBatch(
+            input_ids,
+            attention,
+            self._counted(input_ids, attention),
+            everybody if permitted is None else permitted,
+            self.model,
+            logits,
+        )
+        with torch.no_grad():
+            value = self.scorer.prompt_scores(batch)
+        return value, torch.zeros(rows, dtype=torch.bool, device=value.device)
+
+    def chosen(self, names: Sequence[str | None]) -> Decision:
+        """These adapters, one a row, as a decision for `forward` and `generate`, whose permitted sets still narrow it.
+
+        Args:
+            names: of adapters in the bank; None is the base.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        places = [BASE if name is None else self.bank.names.index(self.bank.adapter(name).name) for name in names]
+        winner = torch.tensor(places, dtype=torch.long, device=self.model.device)
+        nobody = torch.full_like(winner, BASE)
+        return Decision(winner, nobody, torch.zeros(len(places), device=winner.device), nobody > BASE)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, note: Note) -> None:
         """Let the base alone read prompts, and tell `note` every layer's input, (…, inner), in this thread only.
@@ -397,7 +449,7 @@ class RoutedModel(nn.Module):
                 added = layer.added(flat, choice)
                 return None if added is None else added.reshape(*x.shape[:-1], added.shape[1])
 
-        return delta
+        return compilable(delta, layer.factors.shape.out_features)
 
     def _choice(self, layer: RoutedLayer, x: Tensor, current: _Current, task: _Acting) -> Choice:
         """Who acts on each token of this layer, and how much."""
@@ -424,7 +476,7 @@ class RoutedModel(nn.Module):
     def _by_evidence(
         self, layer: RoutedLayer, flat: Tensor, evidence: EvidencePass, permitted: Tensor | None
     ) -> Choice:
-        scores = evidence.add(layer.factors.module, layer.scored(flat), layer.eligible)
+        scores = evidence.add(layer.factors.module, layer.scored(flat, permitted), layer.eligible)
         if permitted is not None:
             scores = scores.masked_fill(~permitted, -torch.inf)
         latents = Latents(flat, layer.factors)

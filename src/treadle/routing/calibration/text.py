@@ -7,7 +7,7 @@ from inspect import signature
 from threading import get_ident
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -188,16 +188,18 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def read_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Run what reads a prompt: the trunk of a decoder or encoder, the encoder of an encoder–decoder; no head."""
-    if model.config.is_encoder_decoder:
-        model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
-        return
-    trunk = model.base_model
+def read_prompt(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+) -> Float[Tensor, "rows tokens hidden"]:
+    """The last hidden state of what reads a prompt: the trunk of a decoder or encoder, the encoder of an
+    encoder–decoder; no head.
+    """
+    trunk = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     if wants_positions(model, trunk):
-        trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask))
-    else:
-        trunk(input_ids=input_ids, attention_mask=attention_mask)
+        return trunk(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask)
+        ).last_hidden_state
+    return trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def _read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:

@@ -1,8 +1,14 @@
 """ARROW's score: abs(v_iᵀ x), v_i the top right singular vector of B_i A_i.
 
 FLOPs a token and layer: 2·N·in. Storage an adapter and layer: in numbers. Reference: arXiv 2405.11157 §3.2; a softmax
-over the k best mixes their outputs. Deviations: outputs are mixed, not parameters; a token no permitted adapter can
-serve is left to the base.
+over the best mixes them, three unless told otherwise, as in PEFT. `arrow` mixes their outputs, Σ w_i B_i A_i x, and
+equals PEFT's `ArrowLoraLinearLayer` (a contract test says so). `arrow-parameters` mixes A and B, each by itself,
+(Σ w_i B_i)(Σ w_i A_i) x, as the authors' library does; where A is shared the two are one.
+
+Deviations: a token no permitted adapter can serve is left to the base. PEFT finds v by 15 steps of a power iteration
+from a random start, so that its v is off where the two largest singular values are close; ours is exact. PEFT takes
+the score in the adapter's dtype, ours is float32. Adapters of unequal rank, which neither library mixes by parameters,
+are filled up with zeros.
 """
 
 from dataclasses import replace
@@ -13,6 +19,9 @@ from torch import Tensor
 
 from treadle.algebra import top_right_singular_vector
 from treadle.routing.factors import LayerFactors
+
+BEST = 3
+"""How many adapters act together: the default of PEFT's `ArrowConfig`."""
 
 
 def prepare(factors: LayerFactors) -> LayerFactors:
