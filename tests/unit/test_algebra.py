@@ -1,5 +1,6 @@
 """Packed Grams, the float32 bound, singular vectors and norms, each against exact or float64 arithmetic."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.algebra import packed_gram, pair_products, squared_norm_error, top_right_singular_vector, update_norms
+from treadle.algebra import (
+    packed_gram,
+    pair_products,
+    root_moments,
+    squared_norm_error,
+    squared_norm_moments,
+    top_right_singular_vector,
+    update_norms,
+)
 
 SHAPES = [(1, 1), (7, 1), (40, 8), (9, 16), (200, 32)]
 
@@ -92,3 +101,39 @@ def test_the_norms_of_an_update_are_those_of_the_whole_product(outer: int, rank:
     frobenius, spectral = update_norms(A, B)
     assert frobenius == pytest.approx(float(values.square().sum().sqrt()), rel=1e-10)
     assert spectral == pytest.approx(float(values[0]), rel=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.7, 4.0])
+def test_moments_of_a_squared_norm_are_those_of_many_draws(offset: float) -> None:
+    draws = 200_000
+    B, spread, mean = torch.randn(6, 4).double(), torch.randn(4, 4).double(), offset * torch.randn(4).double()
+    z = mean + torch.randn(draws, 4).double() @ spread.T
+    squares = (z @ B.T).square().sum(1)
+    expected, variance = squared_norm_moments(B, mean, spread @ spread.T)
+    # Five standard errors. A squared norm of Gaussians has a kurtosis of 15 at most (one direction, centred).
+    assert float(squares.mean()) == pytest.approx(expected, abs=5 * math.sqrt(variance / draws))
+    assert float(squares.var()) == pytest.approx(variance, rel=5 * math.sqrt(14 / draws))
+    # The root is an approximation: of a deviation and of the spread, below what SmolLM2's own text shows.
+    norm, std = root_moments(expected, variance)
+    norms = squares.sqrt()
+    assert abs(norm - float(norms.mean())) < 0.1 * std
+    assert std == pytest.approx(float(norms.std()), rel=0.15)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 5, 64])
+def test_the_root_is_exact_where_all_directions_are_alike(directions: int) -> None:
+    """The chi distribution: E = √2·Γ((n+1)/2)/Γ(n/2), E of the square n."""
+    expected = math.sqrt(2) * math.exp(math.lgamma((directions + 1) / 2) - math.lgamma(directions / 2))
+    found = root_moments(
+        *squared_norm_moments(torch.eye(directions), torch.zeros(directions).double(), torch.eye(directions).double())
+    )
+    assert found == pytest.approx((expected, math.sqrt(directions - expected**2)), rel=1e-9)
+
+
+def test_the_root_of_a_narrow_square() -> None:
+    below, above = (root_moments(1.0, share / 300.0) for share in (1 - 1e-9, 1 + 1e-9))  # series and gamma functions
+    assert below == pytest.approx(above, rel=1e-8)
+    for variance in (1e-6, 1e-12, 1e-24):  # the linear part alone: std of the root is half that of the square
+        assert root_moments(1.0, variance) == pytest.approx((1.0, math.sqrt(variance) / 2), rel=1e-6)
+    assert root_moments(4.0, 0.0) == (2.0, 0.0)
+    assert root_moments(0.0, 0.0) == (0.0, 0.0)

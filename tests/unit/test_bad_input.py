@@ -140,6 +140,10 @@ def policy(old: str, new: str) -> Mistake:
     return mistake
 
 
+def calibrate(*options: str) -> Mistake:
+    return lambda root: ["bank", "calibrate", str(root / "bank"), "--base", str(root / "base"), *options]
+
+
 def edited(file: str, change: Callable[[dict], object], command: Mistake) -> Mistake:
     """Change a JSON file, then run the command."""
 
@@ -360,6 +364,43 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         "no role has the caller 'ada'; add it to a role of the policy",
     ),
     "no bank": (lambda root: ["bank", "list", str(root / "family")], 2, "bank.json: no such file"),
+    "bank of an older treadle": (
+        edited("bank/bank.json", lambda c: c.update(format="treadle.bank/1"), route()),
+        2,
+        "key 'format' is not 'treadle.bank/2'; rebuild the bank with `treadle bank build`",
+    ),
+    "statistics of another lora_B": (
+        edited("bank/bank.json", lambda c: c["adapters"][1].update(folded_B_sha256="0" * 64), route()),
+        2,
+        "b: its statistics were made for another lora_B; run `treadle bank calibrate`",
+    ),
+    "own text without the method": (
+        calibrate("--own", "a=x.txt", "--method", "analytic"),
+        2,
+        "--own: --method analytic",
+    ),
+    "the method without own text": (calibrate("--method", "own"), 2, "--own: --method own and --own"),
+    "if stale without traffic": (calibrate("--if-stale"), 2, "--traffic: --method public and --traffic"),
+    "traffic of nobody": (calibrate("--traffic", "x.jsonl"), 2, "say whose callers they are"),
+    "a tenant that climbs": (calibrate("--traffic", "x.jsonl", "--tenant", "../x"), 2, "'../x' cannot be a name"),
+    "traffic that is not there": (
+        calibrate("--traffic", "nosuch.safetensors", "--tenant", "clinic"),
+        2,
+        "nosuch.safetensors: no such file",
+    ),
+    "too little traffic": (
+        lambda root: calibrate("--traffic", str(root / "rows.jsonl"), "--tenant", "clinic")(root),
+        2,
+        "traffic:clinic: too little traffic: 60 more prompts and",
+    ),
+    "aggregates under another name": (
+        lambda root: [
+            *("bank", "traffic", str(root / "bank"), str(root / "rows.jsonl"), "--tenant", "clinic"),
+            *("--out", str(root / "traffic.json"), "--base", str(root / "base")),
+        ],
+        2,
+        "not a .safetensors file",
+    ),
     "bank file that climbs out": (
         edited("bank/bank.json", lambda c: c["adapters"][0].update(file="../../a/adapter_model.safetensors"), route()),
         2,
@@ -371,6 +412,17 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         route("--permit", "zeta"),
         2,
         "unknown adapter 'zeta'; use names of `treadle bank list`",
+    ),
+    "linear without a router": (route("--scorer", "linear"), 2, "scorer 'linear' and a router belong together"),
+    "a router that is not there": (
+        route("--scorer", "linear", "--router", "nosuch"),
+        2,
+        "router.json: no such file",
+    ),
+    "a scorer of prompts by token": (
+        route("--scorer", "perplexity", "--granularity", "token"),
+        2,
+        "'perplexity' scores whole prompts; use granularity 'sequence'",
     ),
     "bank insists on permissions": (
         edited("bank/bank.json", lambda c: c.update(access="required"), route()),

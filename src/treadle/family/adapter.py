@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -78,7 +78,7 @@ class Adapter:
         base: the base it was trained on; None is "unverified base", as foreign adapters carry no hash.
         task_type: PEFT's task type ("CAUSAL_LM", …) or None.
         transposed: whether its layers are Conv1D.
-        known_digest: what `digest` is, where it is written down beside lora_B; None to compute it.
+        known_digest: what `digest` is, where it is written down beside lora_B; None to compute it when asked.
     """
 
     name: str
@@ -90,13 +90,15 @@ class Adapter:
     provenance: Provenance
     task_type: str | None = None
     transposed: bool = False
-    known_digest: str | None = field(default=None, compare=False, repr=False)
+    known_digest: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known_digest: str | None) -> None:
         files.checked_name(self.name)
         object.__setattr__(self, "lora_A", MappingProxyType(self.lora_A))
         if isinstance(self.lora_B, dict):  # a mapping of a file cannot be written to, and a bank knows it again
             object.__setattr__(self, "lora_B", MappingProxyType(self.lora_B))
+        if known_digest is not None:
+            self.__dict__["digest"] = known_digest  # where `cached_property` keeps it; no `replace` copies it
 
     @staticmethod
     def of_family(
@@ -140,8 +142,6 @@ class Adapter:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that is its own in a family: the sorted modules with dtype, shape and bytes of folded_B."""
-        if self.known_digest is not None:
-            return self.known_digest
         total = hashlib.sha256()
         for module in sorted(self.lora_B):
             B = self.folded_B(module).contiguous()
@@ -249,7 +249,10 @@ class Adapter:
                     f"its lora_A of {module!r} is not the family's", where=self.name, remedy="restore it"
                 )
         lora_B = {module: self.lora_B[module] for module in family.plan.modules}
-        return replace(self, plan=family.plan, lora_A=family.lora_A, lora_B=lora_B, base=family.base)
+        digest = self.__dict__.get("digest")
+        return replace(
+            self, plan=family.plan, lora_A=family.lora_A, lora_B=lora_B, base=family.base, known_digest=digest
+        )
 
     def shapes(self) -> dict[str, LayerShape]:
         """The shape of every adapted layer."""

@@ -356,7 +356,7 @@ def verify_bank(folder: Path) -> None:
     for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
         _check_digest(file)
     for adapter in load_bank(folder).adapters:
-        if replace(adapter, known_digest=None).digest != adapter.digest:
+        if replace(adapter).digest != adapter.digest:
             raise FormatError(
                 f"the digest of {adapter.name!r} is not that of its lora_B",
                 where=folder / METADATA,

@@ -193,6 +193,39 @@ class TestBank:
         assert "is not NAME=FILE" in refused(*arguments, "--own", text)
         assert parsed(*arguments, "--own", f"sums={text}")["calibration_sha256"] is None
 
+    def test_analytic_needs_no_text_for_whom_it_adds(self, small_fleet: Path, tmp_path: Path) -> None:
+        bank, family = tmp_path / "bank", small_fleet / "family"
+        text = ["--calibrate", small_fleet / "public.txt", "--method", "analytic"]
+        assert parsed("bank", "build", bank, small_fleet / "sums", "--family", family, *text)["method"] == "analytic"
+        added = parsed("bank", "add", bank, small_fleet / "films", "--base", tmp_path / "nosuch")
+        assert (added["uncalibrated"], added["recalibrated"]) == ([], False)
+
+    def test_traffic_from_aggregates_to_statistics(self, small_fleet: Path, bank_copy: Path, tmp_path: Path) -> None:
+        halves = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+        for place, half in enumerate(halves):
+            prompts = tmp_path / f"{place}.jsonl"
+            text = "the film is w{} and the answer of a question is not w{} . who is w{} ? the number is 1 2 3"
+            lines = [json.dumps({"ask": text.format(i, i + 1, i + 2)}) for i in range(20 * place, 20 * place + 32)]
+            prompts.write_text("\n".join(lines))
+            options = ["--tenant", "clinic", "--out", half, "--field", "ask"]
+            assert parsed("bank", "traffic", bank_copy, prompts, *options)["prompts"] == 32
+        both = ["--traffic", halves[0], "--traffic", halves[1], "--tenant", "clinic"]
+        assert "32 more prompts" in refused("bank", "drift", bank_copy, *both[:2], *both[4:])
+        calibrated = parsed("bank", "calibrate", bank_copy, *both)
+        assert (calibrated["calibration"], calibrated["method"]) == ("traffic:clinic", "traffic")
+        facts = parsed("inspect", bank_copy)["facts"]
+        assert isinstance(facts, dict)
+        assert facts["calibration sha256"] == "not kept: callers' prompts"
+        assert "about the callers" in facts["beyond the adapters' ε"]
+        found = parsed("bank", "drift", bank_copy, *both)
+        assert found["stale"] is False
+        rows = found["adapters"]
+        assert isinstance(rows, list)
+        assert [row["shift"] for row in rows] == pytest.approx([0.0] * 4, abs=1e-6)
+        fresh = done("bank", "calibrate", bank_copy, "--if-stale", *both)
+        assert "nothing was changed" in fresh.stderr
+        assert "by kind of module" in done("bank", "drift", bank_copy, *both).stdout
+
     def test_refusals(self, small_fleet: Path, bank_copy: Path, tmp_path: Path) -> None:
         assert "no such file" in refused("bank", "list", tmp_path / "nosuch")
         assert "this adapter name is taken" in refused("bank", "add", bank_copy, small_fleet / "sums")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,30 @@ def test_saving_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == ["one"]
     Adapter.load(tmp_path / "one", family=family())
+
+
+def test_the_digest_is_of_the_folded_B_alone() -> None:
+    one = adapter()
+    rows = one.plan.modules
+    assert len(one.digest) == 64
+    assert replace(one, name="two", provenance=Provenance("other")).digest == one.digest
+    turned = dict(reversed(list(one.lora_B.items())))
+    assert replace(one, lora_B=turned).digest == one.digest
+    doubled = RankPlan(
+        {name: replace(row, lora_alpha=2 * row.lora_alpha) for name, row in rows.items()}, one.plan.provenance
+    )
+    halved = {name: B / 2 for name, B in one.lora_B.items()}
+    assert replace(one, plan=doubled, lora_B=halved).digest == one.digest  # the same update of the base
+    assert replace(one, plan=doubled).digest != one.digest
+    for module in rows:
+        changed = {name: B.clone() for name, B in one.lora_B.items()}
+        changed[module][0, 0] = torch.nextafter(changed[module][0, 0], torch.tensor(9.0))
+        assert replace(one, lora_B=changed).digest != one.digest
+
+
+def test_a_digest_that_is_written_down_is_not_computed() -> None:
+    stored = replace(adapter(), known_digest="f" * 64)
+    assert stored.digest == "f" * 64
+    assert stored.member_of(family()).digest == "f" * 64
+    changed = {name: 3 * B for name, B in stored.lora_B.items()}
+    assert replace(stored, lora_B=changed).digest == replace(adapter(), lora_B=changed).digest  # nobody else's

@@ -16,7 +16,6 @@ from treadle.errors import InputError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import (
-    Moments,
     OwnCalibration,
     PublicCalibration,
     Statistics,
@@ -37,15 +36,6 @@ def build(make: SimpleNamespace, model: Any, tokenizer: Any, calibration: Any, n
 def statistics_of(bank: AdapterBank) -> Statistics:
     assert bank.statistics is not None
     return bank.statistics
-
-
-def test_moments_merge_exactly() -> None:
-    values = torch.randn(100, 5).double() * 3 + 1e4
-    parts = [Moments.of(values[:1]), Moments.of(values[1:40]), Moments.of(values[40:])]
-    merged = parts[0].merge(parts[1]).merge(parts[2])
-    assert merged.count == 100
-    assert torch.allclose(merged.mean, values.mean(0), rtol=1e-14)
-    assert torch.allclose(merged.std, values.std(0, correction=0), rtol=1e-10)
 
 
 def test_statistics_are_those_of_a_plain_loop(
@@ -69,21 +59,6 @@ def test_statistics_are_those_of_a_plain_loop(
     assert found.tokens == len(x)
 
 
-def test_neighbours_and_order_change_no_bit(
-    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    calibration = PublicCalibration(make.passages)
-    one = statistics_of(build(make, tiny_llama, tiny_tokenizer, calibration, ("beta",)))
-    three = statistics_of(build(make, tiny_llama, tiny_tokenizer, calibration, ("alpha", "beta", "gamma")))
-    turned = PublicCalibration(make.passages[::-1])
-    other = statistics_of(build(make, tiny_llama, tiny_tokenizer, turned, ("beta",)))
-    for module in one.mean:
-        assert torch.equal(one.mean[module][0], three.mean[module][1])
-        assert torch.equal(one.std[module][0], three.std[module][1])
-        assert torch.equal(one.mean[module], other.mean[module])
-        assert torch.equal(one.std[module], other.std[module])
-
-
 def test_padding_and_special_tokens_do_not_count(
     make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -96,16 +71,6 @@ def test_padding_and_special_tokens_do_not_count(
         assert torch.allclose(found.std[module], plain.std[module], rtol=1e-4)
     with pytest.raises(InputError, match="no token that counts"):
         build(make, tiny_llama, tiny_tokenizer, PublicCalibration([" ", "<eos>"]), ("alpha",))
-
-
-def test_dropout_is_off_and_the_mode_is_restored(
-    make: SimpleNamespace, tiny_bert: BertForSequenceClassification, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    calm = statistics_of(build(make, tiny_bert, tiny_tokenizer, PublicCalibration(make.passages), ("alpha",)))
-    tiny_bert.train()
-    found = statistics_of(build(make, tiny_bert, tiny_tokenizer, PublicCalibration(make.passages), ("alpha",)))
-    assert tiny_bert.training
-    assert all(torch.equal(found.mean[module], calm.mean[module]) for module in calm.mean)
 
 
 def test_poolers_and_decoders_are_calibrated_too(
