@@ -47,13 +47,14 @@ def qr_factors(factors: LayerFactors) -> QrFactors:
         UnsupportedError: an adapter lacks the layer, has an A of its own, or cannot be scored: the article knows none
             of these.
     """
-    if len(factors.groups) > 1 or not bool(factors.eligible.all()):
+    group, *others = factors.groups
+    if others or not bool(factors.eligible.all()):
         raise UnsupportedError(
             "the article needs one A, and a calibrated, trained adapter each", where=factors.module, remedy="use seqr"
         )
     stacked = torch.stack([factors.folded_B(i) for i in range(factors.present.shape[0])]).double()
     Qs, Rs = torch.linalg.qr(stacked)
-    return QrFactors(factors.groups[0].A.double(), Qs, Rs, factors.mean, factors.std)
+    return QrFactors(group.A.double(), Qs, Rs, factors.mean, factors.std)
 
 
 def seqr_routing(

@@ -158,6 +158,28 @@ def test_evaluation_has_every_arm_and_the_mean_of_tasks(config: FleetRun) -> Non
         assert row.right == row.shares[row.task]
 
 
+def test_any_scorer_is_an_arm_and_a_router_is_kept(config: FleetRun, tmp_path: Path) -> None:
+    fleet = grow_fleet(config)
+    live = ("seqr:evidence", "spectr", "lag:token", "arrow-parameters", "arrow:sequence")
+    by_prompt = ("norm:sequence", "perplexity", "linear")
+    run = asked(
+        config,
+        arms=(*live, *by_prompt),
+        few_shot=False,
+        conditions=("trained",),
+        router=tmp_path / "router",
+        router_examples=10,
+    )
+    evaluation = evaluated(fleet, run)
+    assert {row.arm for row in evaluation.rows} == {*live, *by_prompt}
+    assert {row.arm for row in evaluation.routing} == set(by_prompt)
+    own = [row.right for row in evaluation.routing if row.arm == "linear"]
+    assert own == [1.0, 1.0]  # every prompt names its task
+    again = evaluated(fleet, run.model_copy(update={"arms": ("linear",), "live": True, "router_examples": 5}))
+    assert verdict_rows(again, "linear") == verdict_rows(evaluation, "linear")
+    assert "router" not in evaluation.settings
+
+
 def test_the_alone_arm_is_the_injected_adapter(config: FleetRun) -> None:
     fleet = grow_fleet(config)
     evaluation = evaluated(fleet, asked(config, few_shot=False))

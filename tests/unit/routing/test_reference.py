@@ -18,7 +18,8 @@ def test_it_is_the_article_by_hand() -> None:
     tokens, inner, outer, rank, count = 40, 10, 12, 3, 6
     x, A, W = torch.randn(tokens, inner).double(), torch.randn(rank, inner).double(), torch.randn(outer, inner).double()
     Bs = torch.randn(count, outer, rank).double()
-    mus, sigmas = 5.0 * torch.rand(count).double(), 0.5 + torch.rand(count).double()
+    norms = torch.linalg.vector_norm(torch.einsum("nor,ri,ti->tno", Bs, A, x), dim=2)
+    mus, sigmas = norms.mean(0), 0.5 + torch.rand(count).double()
     Qs, Rs = torch.linalg.qr(Bs)
     found = seqr_routing(x, A, Qs, Rs, mus, sigmas, W)
     chosen = set()
