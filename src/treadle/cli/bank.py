@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from treadle.cli.bank_history import rollback_command, versions_command
 from treadle.cli.console import print_json, print_table, remark, say, working
-from treadle.cli.options import Base, Caller, Data, Json, Policy
+from treadle.cli.options import Bank, Base, Caller, Data, Json, Policy
 from treadle.errors import InputError
 
 commands = typer.Typer(
     help="Libraries of adapters: built, changed and calibrated on disk.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")]
 Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER...", help="Adapter folders; NAME=FOLDER gives one another name.")
 ]
@@ -51,12 +51,14 @@ Tenant = Annotated[str | None, typer.Option("--tenant", metavar="NAME", help="Wh
 
 def register(app: typer.Typer) -> None:
     """Add `bank` to the command line."""
+    commands.command("versions")(versions_command)
+    commands.command("rollback")(rollback_command)
     app.add_typer(commands, name="bank")
 
 
 @commands.command("build")
 def build_command(
-    folder: Folder,
+    folder: Bank,
     adapters: Adapters,
     family: Annotated[Path, typer.Option(help="The family's folder.")],
     calibrate: Calibrate = "pydoc",
@@ -90,7 +92,7 @@ def build_command(
 
 @commands.command("add")
 def add_command(
-    folder: Folder, adapters: Adapters, label: LabelsOption = None, base: Base = None, json: Json = False
+    folder: Bank, adapters: Adapters, label: LabelsOption = None, base: Base = None, json: Json = False
 ) -> None:
     """Add adapters at the end; theirs are the only statistics that are made, with the passages that the others had.
 
@@ -108,7 +110,7 @@ def add_command(
 
 @commands.command("update")
 def update_command(
-    folder: Folder, adapters: Adapters, label: LabelsOption = None, base: Base = None, json: Json = False
+    folder: Bank, adapters: Adapters, label: LabelsOption = None, base: Base = None, json: Json = False
 ) -> None:
     """Put adapters in the places of those of their names; labels stay unless others are given.
 
@@ -126,7 +128,7 @@ def update_command(
 
 @commands.command("merge")
 def merge_command(
-    folder: Folder,
+    folder: Bank,
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="A bank of the same family; it stays as it is.")],
     base: Base = None,
     json: Json = False,
@@ -145,7 +147,7 @@ def merge_command(
 
 @commands.command("label")
 def label_command(
-    folder: Folder,
+    folder: Bank,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `treadle bank list`.")],
     label: LabelsOption = None,
     json: Json = False,
@@ -165,7 +167,7 @@ def label_command(
 
 @commands.command("remove")
 def remove_command(
-    folder: Folder,
+    folder: Bank,
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of `treadle bank list`.")],
     json: Json = False,
 ) -> None:
@@ -183,7 +185,7 @@ def remove_command(
 
 @commands.command("calibrate")
 def calibrate_command(
-    folder: Folder,
+    folder: Bank,
     method: Annotated[
         Literal["public", "analytic", "own", "traffic"] | None,
         typer.Option(help="How: public unless --own or --traffic says otherwise."),
@@ -233,7 +235,7 @@ def calibrate_command(
 
 @commands.command("traffic")
 def traffic_command(
-    folder: Folder,
+    folder: Bank,
     sources: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Prompts (.jsonl or .csv), or aggregates to merge.")
     ],
@@ -260,7 +262,7 @@ def traffic_command(
 
 @commands.command("drift")
 def drift_command(
-    folder: Folder,
+    folder: Bank,
     traffic: Traffic = None,
     tenant: Tenant = None,
     field: TextField = "text",
@@ -280,56 +282,8 @@ def drift_command(
     show_drift(found, json=json)
 
 
-@commands.command("versions")
-def versions_command(
-    folder: Folder,
-    forget: Annotated[bool, typer.Option("--forget", help="Delete all but the present one, files included.")] = False,
-    json: Json = False,
-) -> None:
-    """List the versions that are kept, ten at most, the present one last.
-
-    Example: treadle bank versions bank
-    """
-    from dataclasses import asdict
-
-    from treadle.recipes.bank import forget_versions
-    from treadle.routing.bank_versions import versions
-
-    if forget:
-        with working() as progress:
-            gone = forget_versions(folder, progress=progress)
-        remark(f"{gone} earlier versions deleted")
-    rows = versions(folder)
-    if json:
-        print_json([asdict(row) for row in rows])
-        return
-    print_table(
-        f"versions of bank {folder.resolve().name}",
-        ("version", "written (UTC)", "changes", "adapters", "SHA-256"),
-        [(r.number, r.written, ", ".join(r.changes) or None, len(r.adapters), r.digest[:12]) for r in rows],
-    )
-
-
-@commands.command("rollback")
-def rollback_command(
-    folder: Folder,
-    to: Annotated[int | None, typer.Option(metavar="N", help="A version; the one before this if not given.")] = None,
-    json: Json = False,
-) -> None:
-    """Make the bank what it was; that is a new version, so a rollback can be rolled back.
-
-    Example: treadle bank rollback bank --to 3
-    """
-    from treadle.cli.tables import show_bank_change
-    from treadle.recipes.bank import roll_back
-
-    with working() as progress:
-        change = roll_back(folder, to, progress=progress)
-    show_bank_change(change, json=json)
-
-
 @commands.command("permitted")
-def permitted_command(folder: Folder, policy: Policy, caller: Caller, label: Data = None, json: Json = False) -> None:
+def permitted_command(folder: Bank, policy: Policy, caller: Caller, label: Data = None, json: Json = False) -> None:
     """Show which adapters a policy lets a caller use for such data, and why: for operators, not for callers.
 
     Example: treadle bank permitted bank --policy policy.toml --caller alice --label dept=oncology
@@ -352,7 +306,7 @@ def permitted_command(folder: Folder, policy: Policy, caller: Caller, label: Dat
 
 
 @commands.command("list")
-def list_command(folder: Folder, json: Json = False) -> None:
+def list_command(folder: Bank, json: Json = False) -> None:
     """List the adapters, in the order that settles ties.
 
     Example: treadle bank list bank
@@ -362,6 +316,7 @@ def list_command(folder: Folder, json: Json = False) -> None:
 
     bank = load_bank(folder)
     found = inspect_bank(bank, folder.resolve().name)
+    labels = {name: sorted(bank.labels.get(name, ())) for name in bank.names}
     rows = [
         {
             "name": member.name,
@@ -371,19 +326,21 @@ def list_command(folder: Folder, json: Json = False) -> None:
             "epsilon": "none" if member.epsilon is None else member.epsilon,
             "base": member.base,
             "calibrated": member.calibrated,
-            "labels": sorted(bank.labels.get(member.name, ())),
+            "labels": labels[member.name],
         }
         for member in found.members
     ]
     if json:
         print_json({"bank": found.name, "calibration": found.facts["calibration"], "adapters": rows})
         return
-    columns = ("name", "path", "method", "data", "epsilon", "base", "calibrated", "labels")
-    shown = {"calibrated": lambda value: "yes" if value else "no", "labels": lambda value: ", ".join(value) or None}
+    columns = ("name", "path", "method", "data", "epsilon", "base")
     print_table(
         f"bank {found.name}, calibration: {found.facts['calibration']}",
-        columns,
-        [[shown.get(column, lambda value: value)(row[column]) for column in columns] for row in rows],
+        (*columns, "calibrated", "labels"),
+        [
+            (*(row[column] for column in columns), "yes" if member.calibrated else "no", ", ".join(labels[member.name]))
+            for member, row in zip(found.members, rows, strict=True)
+        ],
     )
 
 

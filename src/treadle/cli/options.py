@@ -16,6 +16,8 @@ Base = Annotated[
     ),
 ]
 
+Bank = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")]
+
 Policy = Annotated[Path, typer.Option("--policy", metavar="FILE", help="The policy that says who may use what.")]
 
 Caller = Annotated[str, typer.Option("--caller", metavar="NAME", help="Who asks, as the service knows them.")]
