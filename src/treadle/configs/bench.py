@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from treadle.configs.fleet import FleetRun
+from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.configs.toml import RunConfig
 from treadle.routing.routed import Granularity
 
@@ -55,7 +55,7 @@ class DemoQualityRun(RunConfig):
 
     seeds: tuple[int, ...] = Field(min_length=3)
     limit: int = Field(ge=1)
-    fleet: FleetRun
+    fleet: FleetSettings
     suites: tuple[Suite, ...]
 
 

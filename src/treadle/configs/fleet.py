@@ -9,14 +9,11 @@ from treadle.ranks.perturbation import PerturbationSettings
 from treadle.train.settings import SftSettings
 
 
-class FleetRun(RunConfig):
-    """The settings of one fleet.
+class FleetSettings(RunConfig):
+    """How fleets are grown, whatever their tasks and their place.
 
     Attributes:
         base: the base model: a catalogued name, a local folder, or a hub id.
-        tasks: shipped task names or task files; each becomes an adapter of its name.
-        data: the folder that the tasks' relative data paths start from.
-        out: the fleet's folder.
         seed: of the probe's noise, the family's A and the order of examples.
         mean_rank: the budget is what a uniform plan of this rank has in parameters.
         max_rank: no module gets more.
@@ -33,9 +30,6 @@ class FleetRun(RunConfig):
     """
 
     base: str = "smollm2-135m"
-    tasks: tuple[str, ...] = Field(min_length=2)
-    data: Path | None = None
-    out: Path
     seed: int = 0
     mean_rank: int = Field(default=8, ge=1)
     max_rank: int = Field(default=32, ge=1)
@@ -49,3 +43,21 @@ class FleetRun(RunConfig):
     calibration_words: int = Field(default=60, ge=1)
     public: bool = False
     device: str = "auto"
+
+    def run(self, tasks: tuple[str, ...], *, out: Path, data: Path | None = None) -> "FleetRun":
+        """The run that grows a fleet of these tasks in the folder `out`."""
+        return FleetRun.model_validate({**dict(self), "tasks": tasks, "out": out, "data": data})
+
+
+class FleetRun(FleetSettings):
+    """One fleet.
+
+    Attributes:
+        tasks: shipped task names or task files; each becomes an adapter of its name.
+        data: the folder that the tasks' relative data paths start from.
+        out: the fleet's folder.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=2)
+    data: Path | None = None
+    out: Path

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench import DemoQualityRun, RoutingExactnessRun, Suite
 from treadle.configs.demo import DemoRun
-from treadle.configs.fleet import FleetRun
+from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.configs.toml import load_toml
 from treadle.errors import InputError
 from treadle.recipes.bench import BENCHMARKS, run_benchmark
@@ -34,12 +34,10 @@ def base(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTraine
 
 
 @pytest.fixture
-def fleet_run(base: str, tmp_path: Path) -> FleetRun:
-    """Two generated tasks, a few hundred tokens each."""
-    return FleetRun(
+def settings(base: str) -> FleetSettings:
+    """A few hundred tokens a task."""
+    return FleetSettings(
         base=base,
-        tasks=("chain_sum", "syllogism"),
-        out=tmp_path / "unused",
         mean_rank=2,
         probe_texts=1,
         probe_words=4,
@@ -50,10 +48,16 @@ def fleet_run(base: str, tmp_path: Path) -> FleetRun:
 
 
 @pytest.fixture
-def study(fleet_run: FleetRun) -> DemoQualityRun:
+def fleet_run(settings: FleetSettings, tmp_path: Path) -> FleetRun:
+    """Two generated tasks."""
+    return settings.run(("chain_sum", "syllogism"), out=tmp_path / "unused")
+
+
+@pytest.fixture
+def study(settings: FleetSettings) -> DemoQualityRun:
     """Three seeds of one suite."""
-    suite = Suite(name="demo", tasks=fleet_run.tasks, files=False, max_tokens=300)
-    return DemoQualityRun(seeds=(0, 1, 2), limit=4, fleet=fleet_run, suites=(suite,))
+    suite = Suite(name="demo", tasks=("chain_sum", "syllogism"), files=False, max_tokens=300)
+    return DemoQualityRun(seeds=(0, 1, 2), limit=4, fleet=settings, suites=(suite,))
 
 
 def run_of(seed: int, oracle: float, sequence: float, base: float) -> dict[str, object]:

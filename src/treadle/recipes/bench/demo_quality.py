@@ -106,16 +106,8 @@ def _questions(config: DemoQualityRun, suite: Suite, seed: int, *, data: Path | 
 
 def _fleet(config: DemoQualityRun, suite: Suite, seed: int, *, work: Path, data: Path | None) -> FleetRun:
     sft = replace(config.fleet.sft, max_tokens=suite.max_tokens, epochs=suite.epochs)
-    changes = {
-        "tasks": suite.tasks,
-        "examples": suite.examples,
-        "bare_share": suite.bare_share,
-        "seed": seed,
-        "data": data,
-        "out": work / f"{suite.name}-{seed}",
-        "sft": sft,
-    }
-    return config.fleet.model_copy(update=changes)
+    changes = {"examples": suite.examples, "bare_share": suite.bare_share, "seed": seed, "sft": sft}
+    return config.fleet.model_copy(update=changes).run(suite.tasks, out=work / f"{suite.name}-{seed}", data=data)
 
 
 def summary(config: DemoQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
@@ -143,7 +135,7 @@ def summary(config: DemoQualityRun, runs: Sequence[Mapping[str, object]]) -> Ben
         ]
         complete = len(filed) == len(config.seeds)
         metrics["right_adapter_share_data"] = _judged(Metric.against(fmean(right), "1", at_least=0.98), complete)
-    settings = config.model_dump(mode="json", exclude={"fleet": {"out", "data"}})
+    settings = config.model_dump(mode="json")
     return BenchmarkResult(NAME, device_name(), commit(), settings, metrics, [*rows, *routing])
 
 
