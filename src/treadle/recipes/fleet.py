@@ -13,24 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.configs.fleet import FleetRun
+from treadle.configs.plan import PlanRun
 from treadle.data.prompts import Example
 from treadle.data.public_text import public_texts
 from treadle.data.tasks import Task, load_task
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
-from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
-from treadle.models.loading import load_model, load_tokenizer
+from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.ranks.allocation import allocate, mean_rank_budget
-from treadle.ranks.inputs import ProbeInputs
-from treadle.ranks.perturbation import perturbation
 from treadle.recipes.bank import store_bank
+from treadle.recipes.calibration import PublicSource, calibration_of
+from treadle.recipes.family import store_family
+from treadle.recipes.plan import PLAN, SCORES, probed
+from treadle.recipes.train import task_examples
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import METADATA, load_bank
-from treadle.routing.calibration import PublicCalibration
-from treadle.train.rows import data_sha256, mixed
+from treadle.train.rows import data_sha256
 from treadle.train.sft import train_sft
 
 CURVES = "losses.json"
@@ -65,13 +65,17 @@ def grow_fleet(config: FleetRun, progress: Progress = silent) -> Fleet:
     Raises:
         MismatchError: the folder holds a fleet of other settings.
         InputError: a task or its data cannot be used.
+        UnavailableError: what draws a task's data is not installed, or the base must be fetched and cannot be.
     """
     tasks = tuple(load_task(name) for name in config.tasks)
     _claim(config)
+    for task in tasks:  # what is missing is said before minutes of work, not after
+        if not (config.out / "adapters" / task.name).exists():
+            task.examples("train", data_root=config.data, limit=1, seed=config.seed)
     progress("loading the base model", 0, 0)
     model, tokenizer = load_model(config.base, device=config.device), load_tokenizer(config.base)
     plan = _plan(config, model, tokenizer, progress)
-    family = _family(config, plan)
+    family = _family(config, model, plan)
     losses = {task.name: _adapter(config, task, family, model, tokenizer, progress) for task in tasks}
     bank = _bank(config, family, tasks, model, tokenizer, progress)
     return Fleet(plan, family, bank, tasks, losses, model, tokenizer)
@@ -95,34 +99,34 @@ def _claim(config: FleetRun) -> None:
 
 
 def _plan(config: FleetRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> RankPlan:
-    path = config.out / "plan.json"
+    path = config.out / PLAN
     if path.exists():
         return RankPlan.load(path)
-    shapes = linear_shapes(model)
+    asked = PlanRun(
+        base=config.base,
+        out=config.out,
+        mean_rank=config.mean_rank,
+        maximum=config.max_rank,
+        seed=config.seed,
+        probe=config.probe,
+    )
     text = public_texts("pydoc", limit=config.probe_texts, words=config.probe_words, seed=config.seed)
-    inputs = ProbeInputs.of_texts(tokenizer, text.passages)
-    scores = perturbation(model, inputs, shapes, settings=config.probe, seed=config.seed, progress=progress)
-    scores.save(config.out / "scores.json")
-    budget = mean_rank_budget(shapes, config.mean_rank)
-    plan = allocate(scores.means(), shapes, budget=budget, maximum=config.max_rank)
+    scores, plan = probed(asked, model, tokenizer, text.passages, progress)
+    scores.save(config.out / SCORES)
     plan.save(path)
     return plan
 
 
-def _family(config: FleetRun, plan: RankPlan) -> AdapterFamily:
+def _family(config: FleetRun, model: PreTrainedModel, plan: RankPlan) -> AdapterFamily:
     folder = config.out / "family"
-    if not folder.exists():
-        AdapterFamily.create(base=config.base, plan=plan, seed=config.seed).save(folder)
-    return AdapterFamily.load(folder)
+    if folder.exists():
+        return AdapterFamily.load(folder)
+    return store_family(folder, model, plan, base=identity_of(config.base), seed=config.seed)
 
 
 def training_examples(config: FleetRun, task: Task) -> list[Example]:
     """The task's training examples, a share of them without the instruction."""
-    trained, bare = (
-        task.examples("train", data_root=config.data, condition=condition, limit=config.examples, seed=config.seed)
-        for condition in ("trained", "bare")
-    )
-    return mixed(trained, bare, share=config.bare_share, seed=config.seed)
+    return task_examples(task, root=config.data, limit=config.examples, bare_share=config.bare_share, seed=config.seed)
 
 
 def _adapter(
@@ -170,8 +174,8 @@ def _bank(
     if (folder / METADATA).exists():
         return load_bank(folder)
     adapters = [Adapter.load(config.out / "adapters" / task.name, family=family) for task in tasks]
-    text = public_texts("pydoc", limit=config.calibration_texts, words=config.calibration_words, seed=config.seed + 1)
-    calibration = PublicCalibration(text.passages, name="pydoc")
+    text = PublicSource(limit=config.calibration_texts, words=config.calibration_words, seed=config.seed + 1)
+    calibration = calibration_of(text, [task.name for task in tasks])
     bank = AdapterBank.build(
         family, adapters, calibration=calibration, model=model, tokenizer=tokenizer, progress=progress
     )

@@ -7,7 +7,10 @@ r_m ∝ d_m,  Σ c_m r_m ≤ budget
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.configs.plan import PlanRun, ProbeText
@@ -35,10 +38,36 @@ def plan(config: PlanRun, progress: Progress = silent) -> RankPlan:
     """
     if config.out.exists() and not config.overwrite:  # said before minutes of work, not after
         raise InputError("already exists", where=config.out, remedy="choose another name or set overwrite")
-    base = identity_of(config.base)
-    scores = _probe(config, progress)
-    shapes = scores.shapes()
-    shared = allocate(
+    base, text = identity_of(config.base), config.text
+    # Two words a token, so that even a passage of half that length fills its tokens.
+    passages = public_texts(text.source, limit=text.sequences, words=2 * text.tokens, seed=config.seed).passages
+    tokenizer, model = load_tokenizer(config.base), load_model(config.base, device=config.device)
+    scores, shared = probed(config, model, tokenizer, passages, progress)
+    if not text.public:
+        scores = replace(scores, text_sha256=None)
+    made = replace(shared, provenance={**shared.provenance, **_provenance(scores, base, text)})
+    with files.new_folder(config.out, overwrite=config.overwrite) as folder:
+        scores.save(folder / SCORES)
+        made.save(folder / PLAN)
+    return made
+
+
+def probed(
+    config: PlanRun,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[str],
+    progress: Progress = silent,
+) -> tuple[ProbeScores, RankPlan]:
+    """The scores of the configured modules on these passages, and the ranks that they earn within the budget.
+
+    Raises:
+        InputError: no such module, a passage that is too short, or a budget that cannot be met.
+    """
+    inputs = ProbeInputs.of_texts(tokenizer, passages, tokens=config.text.tokens)
+    shapes = linear_shapes(model, config.modules)
+    scores = perturbation(model, inputs, shapes, settings=config.probe, seed=config.seed, progress=progress)
+    ranks = allocate(
         scores.means(),
         shapes,
         budget=config.budget or mean_rank_budget(shapes, config.mean_rank or 1),
@@ -47,23 +76,7 @@ def plan(config: PlanRun, progress: Progress = silent) -> RankPlan:
         maximum=config.maximum,
         scaling=config.scaling,
     )
-    made = replace(shared, provenance={**shared.provenance, **_provenance(scores, base, config.text)})
-    with files.new_folder(config.out, overwrite=config.overwrite) as folder:
-        scores.save(folder / SCORES)
-        made.save(folder / PLAN)
-    return made
-
-
-def _probe(config: PlanRun, progress: Progress) -> ProbeScores:
-    """The scores of the configured modules on the configured text."""
-    text = config.text
-    # Two words a token, so that even a passage of half that length fills its tokens.
-    passages = public_texts(text.source, limit=text.sequences, words=2 * text.tokens, seed=config.seed).passages
-    inputs = ProbeInputs.of_texts(load_tokenizer(config.base), passages, tokens=text.tokens)
-    model = load_model(config.base, device=config.device)
-    shapes = linear_shapes(model, config.modules)
-    scores = perturbation(model, inputs, shapes, settings=config.probe, seed=config.seed, progress=progress)
-    return scores if text.public else replace(scores, text_sha256=None)
+    return scores, ranks
 
 
 def _provenance(scores: ProbeScores, base: BaseIdentity, text: ProbeText) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from treadle.configs.train import SourceData, TaskData, TrainRun
 from treadle.data.prompts import Example, Template
 from treadle.data.sources import read_rows
-from treadle.data.tasks import load_task
+from treadle.data.tasks import Task, load_task
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
@@ -74,20 +74,24 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
 
 
 def _examples(config: TrainRun) -> list[Example]:
-    if isinstance(config.data, TaskData):
-        trained, bare = _of_task(config.data, config.sft.seed)
-    else:
-        trained, bare = _of_source(config.data)
-    return mixed(trained, bare, share=config.bare_share, seed=config.sft.seed)
+    data, share, seed = config.data, config.bare_share, config.sft.seed
+    if isinstance(data, TaskData):
+        return task_examples(load_task(data.task), root=data.root, limit=data.limit, bare_share=share, seed=seed)
+    return mixed(*_of_source(data), share=share, seed=seed)
 
 
-def _of_task(data: TaskData, seed: int) -> tuple[list[Example], list[Example]]:
-    """The training split in the trained form and as bare text."""
-    task = load_task(data.task)
-    return (
-        task.examples("train", data_root=data.root, condition="trained", limit=data.limit, seed=seed),
-        task.examples("train", data_root=data.root, condition="bare", limit=data.limit, seed=seed),
+def task_examples(task: Task, *, root: Path | None, limit: int | None, bare_share: float, seed: int) -> list[Example]:
+    """The task's training split, at most `limit` examples of it, `bare_share` of them without the instruction.
+
+    Raises:
+        InputError: the task's data cannot be used.
+        UnavailableError: what draws them is not installed.
+    """
+    trained, bare = (
+        task.examples("train", data_root=root, condition=condition, limit=limit, seed=seed)
+        for condition in ("trained", "bare")
     )
+    return mixed(trained, bare, share=bare_share, seed=seed)
 
 
 def _of_source(data: SourceData) -> tuple[list[Example], list[Example]]:

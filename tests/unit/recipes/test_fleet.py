@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.evaluate import EvaluateRun
-from treadle.configs.fleet import FleetRun
+from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.errors import InputError, MismatchError
 from treadle.evaluation.answers import Answering, correct
 from treadle.family.adapter import Adapter
@@ -116,6 +116,18 @@ def test_a_folder_of_other_settings_is_refused_and_kept(config: FleetRun) -> Non
     with pytest.raises(MismatchError, match="the folder's fleet has seed = 0, this run 1; choose another out folder"):
         grow_fleet(other)
     assert load_bank(config.out / "bank").names == ("good", "film")
+
+
+def test_missing_data_are_missed_before_the_probe(config: FleetRun, tmp_path: Path) -> None:
+    (tmp_path / "film.jsonl").unlink()
+    with pytest.raises(InputError, match=r"film\.jsonl"):
+        grow_fleet(config)
+    assert {path.name for path in config.out.iterdir()} == {"fleet.json"}
+
+
+def test_settings_become_the_run_of_some_tasks(config: FleetRun) -> None:
+    settings = FleetSettings.model_validate({key: getattr(config, key) for key in FleetSettings.model_fields})
+    assert settings.run(config.tasks, out=config.out, data=config.data) == config
 
 
 def test_half_of_the_training_drops_the_instruction(config: FleetRun) -> None:
