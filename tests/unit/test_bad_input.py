@@ -195,6 +195,18 @@ def cut(file: str) -> Callable[[Path], object]:
     return action
 
 
+def flipped(file: str) -> Callable[[Path], object]:
+    """Flip the last bit of the one file that matches: a number changes, and nothing else can tell."""
+
+    def action(root: Path) -> None:
+        path = next(root.glob(file))
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    return action
+
+
 def add(*adapters: str) -> Mistake:
     return lambda root: [
         "bank",
@@ -408,6 +420,11 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     ),
     "bank lost a file": (done(lambda r: next((r / "bank/adapters").glob("a-*")).unlink(), route()), 2, "missing"),
     "bank's factors were changed": (done(cut("bank/factors-*.safetensors"), route()), 2, "factors-"),
+    "a bit of a bank's lora_B fell over": (
+        done(flipped("bank/adapters/a-*.safetensors"), inspect("bank")),
+        2,
+        "the file was changed: SHA-256 differs; restore or rebuild the bank",
+    ),
     "unknown permitted adapter": (
         route("--permit", "zeta"),
         2,

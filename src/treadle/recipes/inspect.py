@@ -151,11 +151,12 @@ def inspect(path: Path, *, base: str | None = None, progress: Progress = silent)
 
     Raises:
         InputError: no such folder, or none of the three.
-        FormatError: a file is damaged.
+        FormatError: a file is damaged; of a bank, every byte is checked.
         MismatchError: `base` is not the base that the folder names.
     """
     if (path / bank_files.METADATA).is_file():
-        progress("opening the bank", 0, 0)
+        progress("checking every file of the bank", 0, 0)
+        bank_files.verify_bank(path)
         bank = bank_files.load_bank(path)
         plans = {name: row for adapter in bank.adapters for name, row in adapter.plan.modules.items()}
         norms, notes = _base_norms(bank.family.base.name, bank.family.base, base, RankPlan(plans), progress)
