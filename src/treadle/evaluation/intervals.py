@@ -1,4 +1,4 @@
-"""Confidence intervals: of a share, of a difference between two systems on the same items, of a mean over tasks."""
+"""Confidence intervals: of a share, of a mean over tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,42 +42,14 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Inte
     return Interval(share, low, high, level)
 
 
-def paired_difference(
-    first: Sequence[int | float],
-    second: Sequence[int | float],
-    *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """The mean of first - second, item by item, with its percentile bootstrap interval over items.
-
-    Raises:
-        InputError: lengths that differ, nothing to compare, a level outside (0, 1), no resamples.
-    """
-    return mean_over_tasks({"all": differences(first, second)}, level=level, resamples=resamples, seed=seed)
-
-
-def differences(first: Sequence[int | float], second: Sequence[int | float]) -> list[float]:
-    """first - second, item by item: two systems' results on one task, as `mean_over_tasks` compares them.
-
-    Raises:
-        InputError: the lengths differ, so these are not the same items.
-    """
-    if len(first) != len(second):
-        raise InputError(
-            f"{len(first)} results against {len(second)}", where="interval", remedy="compare results on the same items"
-        )
-    return [one - other for one, other in zip(first, second, strict=True)]
-
-
 def mean_over_tasks(
     results: Mapping[str, Sequence[int | float]], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """The mean of the tasks' means, each task weighing the same, with its stratified bootstrap interval.
 
     Items are drawn again within each task (percentile bootstrap), so the interval speaks about these tasks and new
-    items of theirs, not about new tasks. `results` maps a task to a number an item: 0 or 1, or a difference.
+    items of theirs, not about new tasks. `results` maps a task to a number an item: 0 or 1, or the difference of two
+    systems on that item, which pairs them.
 
     Raises:
         InputError: no task, a task without results, a level outside (0, 1), no resamples.

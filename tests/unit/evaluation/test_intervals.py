@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import InputError
-from treadle.evaluation.intervals import Interval, differences, mean_over_tasks, paired_difference, wilson_interval
+from treadle.evaluation.intervals import Interval, mean_over_tasks, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,11 @@ def test_the_bootstrap_of_two_items_is_exact() -> None:
 
 def test_the_bootstrap_agrees_with_normal_theory() -> None:
     values = np.random.default_rng(5).normal(2.0, 3.0, size=2000)
-    interval = paired_difference(values.tolist(), [0.0] * 2000)
+    interval = mean_over_tasks({"all": values.tolist()})
     reach = 1.96 * values.std() / math.sqrt(2000)
     assert interval.estimate == pytest.approx(values.mean())
     assert interval.high - interval.estimate == pytest.approx(reach, rel=0.05)
     assert interval.estimate - interval.low == pytest.approx(reach, rel=0.05)
-
-
-def test_pairing_removes_what_two_systems_share() -> None:
-    hard = np.random.default_rng(6).normal(0.0, 10.0, size=300)
-    interval = paired_difference((hard + 1).tolist(), hard.tolist())
-    assert interval.low == pytest.approx(1.0)
-    assert interval.high == pytest.approx(1.0)
 
 
 def test_tasks_weigh_the_same_and_are_resampled_apart() -> None:
@@ -81,5 +74,3 @@ def test_what_cannot_be_estimated_is_refused() -> None:
             mean_over_tasks(results)
     with pytest.raises(InputError, match="nothing to resample"):
         mean_over_tasks({"a": [1]}, resamples=0)
-    with pytest.raises(InputError, match="2 results against 1"):
-        differences([1, 0], [1])
