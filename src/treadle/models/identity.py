@@ -19,29 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Shaped
-from torch import Tensor
-
 from treadle.errors import FormatError, InputError, TreadleError, UnsupportedError
 from treadle.files import checked_name, read_json, write_json
 from treadle.models.cache import cache_folder
 
 _CHUNK = 1 << 22
-_DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 
 
 @dataclass(frozen=True)
@@ -105,26 +87,6 @@ def identify_folder(folder: Path, name: str) -> BaseIdentity:
         with contextlib.suppress(OSError, TreadleError):
             write_json(remembered, {"sha256": digest, "folder": str(folder.resolve())})
     return BaseIdentity(name, digest)
-
-
-def identify_state(tensors: Mapping[str, Shaped[Tensor, "..."]], *, tied_rows: int = 0) -> str:
-    """The identity, 64 hex digits, that these tensors have once stored.
-
-    Args:
-        tensors: By name, as in a state dictionary.
-        tied_rows: The vocabulary's size where the word embedding is tied to the output head, else 0.
-
-    Raises:
-        UnsupportedError: a dtype that safetensors cannot store.
-    """
-    return _digest((_entry_of(name, tensor) for name, tensor in tensors.items()), tied_rows)
-
-
-def _entry_of(name: str, tensor: Shaped[Tensor, "..."]) -> _Entry:
-    if tensor.dtype not in _DTYPES:
-        raise UnsupportedError(f"{name} is {tensor.dtype}", remedy="use a dtype that safetensors stores")
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _Entry(name, _DTYPES[tensor.dtype], tuple(tensor.shape), hashlib.sha256(raw.data).hexdigest())
 
 
 def _digest(entries: Iterable[_Entry], tied_rows: int) -> str:
