@@ -57,6 +57,7 @@ def demo_command(
                 "report": report,
                 "fingerprint": result.fingerprint,
                 "seconds": result.seconds,
+                "public_text_overlap": result.overlap,
                 "losses": result.losses,
                 **result.evaluation.to_json(),
             }

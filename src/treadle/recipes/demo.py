@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from treadle import files
 from treadle.configs.demo import DemoRun
 from treadle.configs.evaluate import EvaluateRun
+from treadle.data.public_text import overlap
+from treadle.data.tasks import Condition, Task
 from treadle.family.plan import RankPlan
 from treadle.progress import Progress, silent
-from treadle.recipes.evaluate import Evaluation, evaluate_bank
+from treadle.recipes.evaluate import Evaluation, asked_examples, evaluate_bank
 from treadle.recipes.fleet import grow_fleet
+from treadle.routing.bank_files import kept_passages
 
 RESULT = "evaluation.json"
 
@@ -23,6 +26,7 @@ class DemoResult:
         plan: ranks a layer.
         losses: adapter → training loss of each step, nats a target token.
         evaluation: the table.
+        overlap: share of the asked prompts' runs of eight words that occur in the public text of the calibration.
         fingerprint: of the family.
         seconds: of this run; less than the demo takes if it was resumed.
     """
@@ -30,6 +34,7 @@ class DemoResult:
     plan: RankPlan
     losses: Mapping[str, tuple[float, ...]]
     evaluation: Evaluation
+    overlap: float
     fingerprint: str
     seconds: float
 
@@ -52,5 +57,9 @@ def demo(config: DemoRun, progress: Progress = silent) -> DemoResult:
         device=config.device,
     )
     evaluation = evaluate_bank(fleet.bank, fleet.model, fleet.tokenizer, fleet.tasks, asked, progress)
-    files.write_json(config.out / RESULT, evaluation.to_json())
-    return DemoResult(fleet.plan, fleet.losses, evaluation, fleet.family.fingerprint, time.monotonic() - begin)
+    cells: list[tuple[Task, Condition]] = [(task, form) for task in fleet.tasks for form in asked.conditions]
+    prompts = [example.prompt for task, form in cells for example in asked_examples(task, form, asked)]
+    shared = overlap(kept_passages(asked.bank, fleet.bank), prompts)
+    files.write_json(config.out / RESULT, {**evaluation.to_json(), "public_text_overlap": shared})
+    seconds = time.monotonic() - begin
+    return DemoResult(fleet.plan, fleet.losses, evaluation, shared, fleet.family.fingerprint, seconds)

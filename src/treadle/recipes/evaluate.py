@@ -146,7 +146,7 @@ def evaluate_bank(
     few_shot = config.few_shot and "few-shot" not in config.conditions
     steps = len(cells) + len(tasks) * few_shot
     for done, (task, condition) in enumerate(cells):
-        examples = _examples(task, condition, config)
+        examples = asked_examples(task, condition, config)
         bench = _Bench(bank, model, tokenizer, task, examples, config, scorers)
 
         def told(arm: str, *, at: int = done, name: str = f"{task.name} ({condition})") -> None:
@@ -158,7 +158,7 @@ def evaluate_bank(
     if few_shot:
         for done, task in enumerate(tasks):
             progress(f"{task.name} (few-shot): base", len(cells) + done, steps)
-            bench = _Bench(bank, model, tokenizer, task, _examples(task, "few-shot", config), config, scorers)
+            bench = _Bench(bank, model, tokenizer, task, asked_examples(task, "few-shot", config), config, scorers)
             verdicts[task.name, "few-shot"] = {"base": bench.plain()}
     progress("evaluated", steps, steps)
     settings = config.model_dump(mode="json", exclude={"bank", "base", "data", "out", "router"}) | {
@@ -170,7 +170,13 @@ def evaluate_bank(
     return Evaluation(_rows(verdicts), tuple(routing), settings)
 
 
-def _examples(task: Task, condition: Condition, config: EvaluateRun) -> list[Example]:
+def asked_examples(task: Task, condition: Condition, config: EvaluateRun) -> list[Example]:
+    """The test examples that the configured evaluation asks of a task in one form.
+
+    Raises:
+        InputError: the task's data cannot be used.
+        UnavailableError: what draws them is not installed.
+    """
     return task.examples("test", data_root=config.data, condition=condition, limit=config.limit, seed=config.seed)
 
 

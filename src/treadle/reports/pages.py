@@ -146,6 +146,7 @@ def demo_page(result: DemoResult) -> str:
     count = result.plan.count()
     story = {
         "fingerprint": result.fingerprint,
+        "overlap": result.overlap,
         "seconds": result.seconds,
         "plan": _rank_map({module: row.rank for module, row in result.plan.modules.items()}),
         "modules": len(result.plan.modules),

@@ -315,13 +315,14 @@ class TestEvalDemoBench:
         def fake(config: DemoRun, progress: object) -> DemoResult:
             asked.append(config)
             config.out.mkdir(parents=True, exist_ok=True)
-            return DemoResult(plan, {"sums": (2.0, 1.0)}, EVALUATION, "f" * 64, 1.0)
+            return DemoResult(plan, {"sums": (2.0, 1.0)}, EVALUATION, 0.25, "f" * 64, 1.0)
 
         monkeypatch.setattr("treadle.recipes.demo.demo", fake)
         monkeypatch.chdir(tmp_path)
         assert "report: " in done("demo", "--quick").stdout
         assert (tmp_path / "runs" / "demo-quick" / "report.html").exists()
-        assert parsed("demo", "--out", tmp_path / "here", "--seed", 3)["seconds"] == 1.0
+        said = parsed("demo", "--out", tmp_path / "here", "--seed", 3)
+        assert (said["seconds"], said["public_text_overlap"]) == (1.0, 0.25)
         assert (asked[1].seed, asked[1].quick, asked[1].out) == (3, False, tmp_path / "here")
         assert "key 'prompts'" in refused("demo", "--prompts", 0)
 

@@ -11,6 +11,7 @@ from treadle.configs.bench import DemoQualityRun, RoutingExactnessRun, Suite
 from treadle.configs.demo import DemoRun
 from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.configs.toml import load_toml
+from treadle.data.tasks import load_task
 from treadle.errors import InputError
 from treadle.recipes.bench import BENCHMARKS, run_benchmark
 from treadle.recipes.bench.demo_quality import demo_quality, quick_demo_quality, summary
@@ -192,8 +193,14 @@ def test_the_demo_goes_from_plan_to_table_and_a_second_run_keeps_it(base: str, t
     first = demo(config)
     assert first.evaluation.settings["adapters"] == ["syllogism", "family_relationships"]
     assert {"base", "token", "sequence", "oracle"} <= {row.arm for row in first.evaluation.rows}
-    assert json.loads((tmp_path / "demo" / "evaluation.json").read_text())["rows"]
+    stored = json.loads((tmp_path / "demo" / "evaluation.json").read_text())
+    assert stored["rows"]
+    assert stored["public_text_overlap"] == first.overlap == 0.0  # CPython's manual asks no syllogisms
+    kept = next((tmp_path / "demo" / "bank").glob("public-text-*.json"))
+    asked = next(iter(load_task("syllogism").examples("test", condition="trained", limit=20, seed=0))).prompt
+    kept.write_text(json.dumps({"source": "pydoc", "passages": [asked]}))
     second = demo(config)
+    assert second.overlap > 0
     assert second.fingerprint == first.fingerprint
     assert second.losses == first.losses
     assert second.evaluation.rows == first.evaluation.rows

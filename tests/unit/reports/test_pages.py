@@ -119,7 +119,7 @@ PAGES = {
     "route by token": route_page(result(granularity="token")),
     "route to the base": route_page(result(granularity="sequence", winner=None)),
     "evaluation": evaluation_page(evaluation(EVIL)),
-    "demo": demo_page(DemoResult(PLAN, {EVIL: (2.0, 1.5, 1.0)}, evaluation(EVIL), "f" * 64, 12.0)),
+    "demo": demo_page(DemoResult(PLAN, {EVIL: (2.0, 1.5, 1.0)}, evaluation(EVIL), 0.0, "f" * 64, 12.0)),
 }
 
 
