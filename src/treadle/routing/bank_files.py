@@ -253,7 +253,7 @@ def load_present(folder: Path) -> tuple[AdapterBank, str]:
 
 def _open_labels(rows: Sequence[Mapping[str, object]], path: Path) -> Mapping[str, Labels]:
     """Adapter → its labels; adapters without any are left out."""
-    found = {str(row["name"]): row.get("labels", []) for row in rows}
+    found = {str(row["name"]): row["labels"] for row in rows}
     for name, labels in found.items():
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise FormatError(f"the labels of {name!r} are no list of texts", where=path, remedy="restore the file")

@@ -43,12 +43,12 @@ class Version:
 
 
 def number_of(content: Mapping[str, object], *, where: Path) -> int:
-    """The version that this `bank.json` is; 1 for one that says nothing.
+    """The version that this `bank.json` is.
 
     Raises:
         FormatError: it is not a whole number from 1 on.
     """
-    number = content.get("version", 1)
+    number = content.get("version")
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise FormatError(f"key 'version' is {number!r}", where=where, remedy="restore the file")
     return number
