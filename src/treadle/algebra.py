@@ -35,13 +35,14 @@ def pair_products(z: Float[Tensor, "tokens rank"]) -> Float[Tensor, "tokens pair
 def squared_norm_error(rank: int) -> float:
     """How far a float32 ⟨`pair_products(z)`, packed Gram⟩ can be from ‖B z‖², at most, as a share of ‖z‖²·‖B‖_F².
 
-    Each of the p = r(r+1)/2 terms carries at most p + 5 roundings (two of z, one of the product, one of the stored
-    Gram, the summation in any order), and Σ abs(z_i z_j G_ij) ≤ ‖z‖²·tr G since abs(G_ij) ≤ √(G_ii G_jj).
+    Each of the p = r(r+1)/2 terms carries at most p + 7 roundings (two of z, one of the product, two of a scale that
+    may be multiplied in, one of the stored Gram, the summation in any order), and Σ abs(z_i z_j G_ij) ≤ ‖z‖²·tr G
+    since abs(G_ij) ≤ √(G_ii G_jj).
     It holds where nothing underflows: for z and B scaled to unit norm, whatever they were before.
     """
     pairs = rank * (rank + 1) // 2
     # 1.01 covers the second-order terms of the summation bound, and what float64 rounds on the way.
-    return 1.01 * (pairs + 5) * FP32_UNIT
+    return 1.01 * (pairs + 7) * FP32_UNIT
 
 
 def top_right_singular_vector(

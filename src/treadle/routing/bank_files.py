@@ -40,28 +40,36 @@ FORMAT = "treadle.bank/2"
 
 
 class MappedTensors(Mapping[str, Tensor]):
-    """The tensors of one safetensors file under `prefix`, each read from the mapped file when it is asked for."""
+    """The tensors of one safetensors file under `prefix`, each read from the file when it is asked for.
+
+    The file is mapped for that moment only: pages of a mapping that stays would count as memory of this process, and a
+    thousand adapters that have each acted once would fill it.
+    """
 
     def __init__(self, path: Path, prefix: str) -> None:
         self.path = path
+        self._prefix = prefix
+        with self._opened() as file:
+            self._names = [key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+
+    def _opened(self) -> safe_open:
         try:
-            self._file = safe_open(path, framework="pt")
+            return safe_open(self.path, framework="pt")
         except FileNotFoundError as error:
             raise FormatError(
-                "a file of the bank is missing", where=path, remedy="restore or rebuild the bank"
+                "a file of the bank is missing", where=self.path, remedy="restore or rebuild the bank"
             ) from error
         except SafetensorError as error:
             raise FormatError(
-                f"damaged safetensors file ({error})", where=path, remedy="restore or rebuild the bank"
+                f"damaged safetensors file ({error})", where=self.path, remedy="restore or rebuild the bank"
             ) from error
-        self._prefix = prefix
-        self._names = [key.removeprefix(prefix) for key in self._file.keys() if key.startswith(prefix)]  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
-        try:
-            return self._file.get_tensor(self._prefix + name)
-        except SafetensorError as error:
-            raise KeyError(name) from error
+        with self._opened() as file:
+            try:
+                return file.get_tensor(self._prefix + name)
+            except SafetensorError as error:
+                raise KeyError(name) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -18,6 +18,7 @@ from treadle.routing.scores import NormScore
 from treadle.routing.table import (
     ScoreTable,
     decision_of,
+    latents_of,
     leaders,
     lone_winner,
     score_table,
@@ -110,16 +111,17 @@ class RoutedLayer(nn.Module):
             return Choice(
                 Mixture.of(torch.tensor([quick[0]], device=x.device)), Latents(x, self.factors, quick[1:]), None
             )
-        found = leaders(self.table, x, permitted)
-        winner, latents = found.winner, Latents(x, self.factors, found.latents)
+        zs = latents_of(self.table, x)
+        found = leaders(self.table, zs, permitted)
+        winner, ready = found.winner, Latents(x, self.factors, zs)
         decision = decision_of(self.table, found) if explained else None
-        if bool(found.certain.all()):
-            return Choice(Mixture.of(winner), latents, decision)
-        rows, settled, others = settled_leaders(self.factors, self.form, x, found, (~found.certain).nonzero().flatten())
+        if found.doubtful.shape[0] == 0:
+            return Choice(Mixture.of(winner), ready, decision)
+        rows, settled, others = settled_leaders(self.factors, self.form, x, found)
         for some, exact in ((rows, settled), (others, self._settled(x, permitted, others))):
             winner = winner.index_copy(0, some, exact.winner)
             decision = None if decision is None else decision.replaced(some, exact)
-        return Choice(Mixture.of(winner), latents, decision)
+        return Choice(Mixture.of(winner), ready, decision)
 
     def _settled(self, x: Tensor, permitted: Tensor | None, rows: Tensor) -> Decision:
         """The exact decisions of the tokens that have too many rivals, or numbers that float32 cannot hold."""

@@ -50,6 +50,14 @@ def act(pool: MatrixPool, latents: Latents, chosen: Mixture) -> Float[Tensor, "t
     if pairs.token.shape[0] == 0:
         return None
     pool.wins.index_add_(0, pairs.adapter, torch.ones_like(pairs.adapter))
+    if (
+        pairs.token.shape[0] == tokens
+        and chosen.adapter.shape[1] == 1
+        and tokens <= pool.slots
+        and not torch.is_grad_enabled()
+    ):
+        with pool.lock:  # every token has one adapter: what is gathered is the result
+            return _gathered(pairs, pool, latents)
     result = torch.zeros(tokens, pool.out, device=chosen.adapter.device)
     add = _add_grouped if torch.is_grad_enabled() or chosen.adapter.shape[1] > MANY else _add_gathered
     for mine in _waves(pairs, pool.slots):
@@ -95,13 +103,18 @@ def _times(rows: Float[Tensor, "rows outer"], z: Float[Tensor, "tokens rank"]) -
     return z @ (B.clone() if torch.is_grad_enabled() else B)  # a slot may be refilled before a backward pass
 
 
-def _add_gathered(result: Tensor, pairs: _Pairs, pool: MatrixPool, latents: Latents) -> None:
-    """Add the pairs' contributions all at once: each the sum of its adapter's rows weighted by z, nothing copied."""
+def _gathered(pairs: _Pairs, pool: MatrixPool, latents: Latents) -> Float[Tensor, "pairs outer"]:
+    """Each pair's contribution, the sum of its adapter's rows weighted by z, in one kernel that copies nothing."""
     z = latents.gathered(pairs.token, pairs.adapter)
     if pairs.weight is not None:
         z = z * pairs.weight[:, None]
     places = pool.first_rows(pairs.adapter)[:, None] + torch.arange(z.shape[1], device=z.device)
-    result.index_add_(0, pairs.token, embedding_bag(places, pool.rows, per_sample_weights=z, mode="sum"))
+    return embedding_bag(places, pool.rows, per_sample_weights=z, mode="sum")
+
+
+def _add_gathered(result: Tensor, pairs: _Pairs, pool: MatrixPool, latents: Latents) -> None:
+    """Add the pairs' contributions, all at once."""
+    result.index_add_(0, pairs.token, _gathered(pairs, pool, latents))
 
 
 def _add_grouped(result: Tensor, pairs: _Pairs, pool: MatrixPool, latents: Latents) -> None:

@@ -11,7 +11,7 @@ from treadle.routing.decision import settled
 from treadle.routing.layer import RoutedLayer
 from treadle.routing.rows import check_rows, spread
 from treadle.routing.scores import Scores
-from treadle.routing.table import ScoreTable, latents, spread_out, squares
+from treadle.routing.table import ScoreTable, latents_of, spread_out, squares
 
 
 @dataclass
@@ -90,7 +90,7 @@ def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -
     rows, seen = mask.shape
     low: list[Tensor] = []
     high: list[Tensor] = []
-    for group, z in zip(table.groups, latents(table, flat), strict=True):
+    for group, z in zip(table.groups, latents_of(table, flat), strict=True):
         square, length = squares(group, z)
         weight = (length.reshape(rows, 1, seen) * mask[:, None]).float()
         for sums, slack in ((low, -group.slack), (high, group.slack)):

@@ -27,6 +27,7 @@ ELEMENTS = 2**23
 BEST = 8
 """How many leading adapters of a token are kept: rivals that float64 has to settle are nearly always among them."""
 
+_LENGTHS = (1e-12, 1e12)  # of z, whose squares float32 holds
 _RANGE = (1e-25, 1e25)  # of scales and centres whose float32 arithmetic neither under- nor overflows
 
 
@@ -76,21 +77,21 @@ class Leaders:
 
     Attributes:
         winner: place in the bank, `BASE` where nobody permitted is eligible.
-        certain: whether the winner is proven; float64 has to settle the others.
-        latents: z of each group, (tokens, rank) in float64.
-        upper: the `BEST` largest upper bounds, in order, or as many as there are adapters.
+        upper: the two largest upper bounds, or one where the bank has one adapter.
         place: whose they are.
         length: ‖z‖ of each token under the A of those.
-        bar: whoever's upper bound does not reach it can neither win nor tie.
+        doubtful: places of the tokens whose winner is not proven: float64 has to settle them.
+        rivals: of those, the `BEST` largest upper bounds, and whose they are.
+        bar: of those; whoever's upper bound does not reach it can neither win nor tie.
     """
 
     winner: Int[Tensor, " tokens"]
-    certain: Bool[Tensor, " tokens"]
-    latents: tuple[Float[Tensor, "tokens _"], ...]
     upper: Float[Tensor, "tokens best"]
     place: Int[Tensor, "tokens best"]
     length: Float[Tensor, "tokens best"]
-    bar: Float[Tensor, " tokens"]
+    doubtful: Int[Tensor, " few"]
+    rivals: tuple[Float[Tensor, "few some"], Int[Tensor, "few some"]]
+    bar: Float[Tensor, " few"]
 
 
 def score_table(factors: LayerFactors, form: NormScore) -> ScoreTable:
@@ -130,7 +131,7 @@ def _laid_out(group: Group, adapters: int) -> TableGroup:
     )
 
 
-def latents(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> tuple[Float[Tensor, "tokens _"], ...]:
+def latents_of(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> tuple[Float[Tensor, "tokens _"], ...]:
     """A·x of each group, in float64 (see `factors.latent`)."""
     exact = x.double()
     return tuple(exact @ group.A.T for group in table.groups)
@@ -148,7 +149,7 @@ def squares(
 def values(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tokens adapters"]:
     """Every score in float32, -inf where an adapter is not eligible: for sums of scores, not for an exact argmax."""
     roots = []
-    for group, z in zip(table.groups, latents(table, x), strict=True):
+    for group, z in zip(table.groups, latents_of(table, x), strict=True):
         square, length = squares(group, z)
         roots.append(square.clamp_min_(0.0).sqrt_().mul_(length.float()))
     return torch.addcmul(table.offset, spread_out(table, roots), table.scale)
@@ -165,87 +166,101 @@ def spread_out(table: ScoreTable, columns: Sequence[Float[Tensor, "rows _"]]) ->
 
 
 def leaders(
-    table: ScoreTable, x: Float[Tensor, "tokens inner"], permitted: Bool[Tensor, "tokens adapters"] | None
+    table: ScoreTable,
+    zs: Sequence[Float[Tensor, "tokens _"]],
+    permitted: Bool[Tensor, "tokens adapters"] | None,
 ) -> Leaders:
-    """The winner of every token, and whether it is proven.
+    """The winner of every token, and for whom it is not proven.
 
     Args:
         table: of the layer.
-        x: the layer's input, as the layer got it.
+        zs: `latents_of` the layer's input.
         permitted: who may act on each token; None for everybody. Whoever may not cannot move anything here.
     """
-    zs = latents(table, x)
-    tokens, adapters = x.shape[0], table.scale.shape[0]
+    tokens, adapters = zs[0].shape[0], table.scale.shape[0]
     step = max(1, ELEMENTS // adapters)
+    if tokens <= step:
+        return _leaders(table, zs, permitted)
     parts = [
-        _bounds(table, [z[start : start + step] for z in zs], None if permitted is None else permitted[start:][:step])
-        for start in range(0, max(tokens, 1), step)
+        _leaders(table, [z[at : at + step] for z in zs], None if permitted is None else permitted[at : at + step])
+        for at in range(0, tokens, step)
     ]
-    upper, place, length, widest = (
-        torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)
+    return Leaders(
+        torch.cat([part.winner for part in parts]),
+        torch.cat([part.upper for part in parts]),
+        torch.cat([part.place for part in parts]),
+        torch.cat([part.length for part in parts]),
+        torch.cat([part.doubtful + place * step for place, part in enumerate(parts)]),
+        (torch.cat([part.rivals[0] for part in parts]), torch.cat([part.rivals[1] for part in parts])),
+        torch.cat([part.bar for part in parts]),
     )
-    bar = _bar(table, upper[:, 0], place[:, 0], length[:, 0], widest)
-    if table.doubtful is not None:
-        allowed = table.doubtful if permitted is None else table.doubtful & permitted
-        bar = bar.masked_fill(allowed.any(-1), -torch.inf)
-    nobody = upper[:, 0] == -torch.inf
-    alone = upper[:, 1] < bar if upper.shape[1] > 1 else upper[:, 0].isfinite()
-    winner = torch.where(nobody, BASE, place[:, 0])
-    return Leaders(winner, alone | nobody, zs, upper, place, length, bar)
 
 
-def _bounds(table: ScoreTable, zs: list[Tensor], permitted: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest upper bounds of each token, whose they are, ‖z‖ under their A, and the widest centre."""
-    roots: list[Tensor] = []
-    lengths: list[Tensor] = []
-    for group, z in zip(table.groups, zs, strict=True):
-        square, length = squares(group, z)
-        lengths.append(length.float())
-        roots.append(square.add_(group.slack).clamp_min_(0.0).sqrt_().mul_(lengths[-1]))
-    upper = torch.addcmul(table.offset, spread_out(table, roots), table.scale)
-    widest = upper.new_full((upper.shape[0],), table.widest)
+def _leaders(table: ScoreTable, zs: Sequence[Tensor], permitted: Tensor | None) -> Leaders:
+    lengths = [torch.linalg.vector_norm(z, dim=1, keepdim=True) for z in zs]
+    roots = [_roots(*each) for each in zip(table.groups, zs, lengths, strict=True)]
+    bounds = torch.addcmul(table.offset, spread_out(table, roots), table.scale)
     if permitted is not None:
-        upper.masked_fill_(~permitted, -torch.inf)
-        widest = torch.where(permitted & table.offset.isfinite(), table.offset.abs(), 0.0).amax(1)
-    best, place = upper.topk(min(BEST, upper.shape[1]), dim=1)
-    if len(table.groups) == 1:
-        return best, place, lengths[0].expand_as(best), widest
-    by_adapter = spread_out(table, [length.expand(-1, len(r.T)) for length, r in zip(lengths, roots, strict=True)])
-    return best, place, by_adapter.gather(1, place), widest
+        bounds.masked_fill_(~permitted, -torch.inf)
+    upper, place = bounds.topk(min(2, bounds.shape[1]), dim=1)
+    length = lengths[0].expand_as(place)
+    if len(lengths) > 1:
+        widths = [len(group.grams) for group in table.groups]
+        columns = [one.expand(-1, width) for one, width in zip(lengths, widths, strict=True)]
+        length = spread_out(table, columns).gather(1, place)
+    bar = _bar(table, upper[:, 0], place[:, 0], length[:, 0], permitted)
+    for one in lengths:  # beyond what the square of a float32 holds
+        bar = bar.masked_fill(~(((one > _LENGTHS[0]) & (one < _LENGTHS[1])) | (one == 0.0)).squeeze(1), -torch.inf)
+    nobody = upper[:, 0] == -torch.inf
+    proven = (upper[:, 1] < bar) if upper.shape[1] > 1 else (bar > -torch.inf)
+    doubtful = (~(proven | nobody)).nonzero().flatten()
+    rivals = bounds[doubtful].topk(min(BEST, bounds.shape[1]), dim=1)
+    winner = torch.where(nobody, BASE, place[:, 0])
+    return Leaders(winner, upper, place, length, doubtful, (rivals.values, rivals.indices), bar[doubtful])
 
 
-def _bar(table: ScoreTable, first: Tensor, winner: Tensor, length: Tensor, widest: Tensor) -> Tensor:
+def _roots(group: TableGroup, z: Tensor, length: Tensor) -> Tensor:
+    """√(‖B z‖² + e‖z‖²) / ‖B‖_F of every adapter of the group, in float32: never below ‖B z‖ / ‖B‖_F."""
+    unit = (z / torch.where(length > 0, length, 1.0)).float()
+    square = length.square().float()
+    products = unit[:, group.pairs[0]] * unit[:, group.pairs[1]] * square
+    return torch.addmm(square * (1.001 * group.slack), products, group.grams.T).clamp_min_(0.0).sqrt_()
+
+
+def _bar(table: ScoreTable, first: Tensor, winner: Tensor, length: Tensor, permitted: Tensor | None) -> Tensor:
     """What an upper bound must reach to be a rival of the first: its lower bound, less a tie and float32's rounding."""
+    widest: Tensor | float = table.widest
+    if permitted is not None:
+        widest = torch.where(permitted & table.offset.isfinite(), table.offset.abs(), 0.0).amax(1)
     high, centre = first.double(), -table.offset[winner].double()
     # Seven roundings of float32 at most lie between q and U, on a number no larger than U + widest.
     rounding = 32.0 * FP32_UNIT * (high.abs() + 2.0 * widest)
-    error = 2.0 * table.slack[winner] * (table.scale[winner].double() * length).square()
+    error = 2.002 * table.slack[winner] * (table.scale[winner].double() * length).square()
     lower = ((high + centre).square() - error).clamp_min(0.0).sqrt() - centre
     bar = lower - rounding - 3.0 * TIE * lower.abs().clamp_min(1.0)
-    return torch.where(bar.isnan(), -torch.inf, bar)
+    bar = torch.where(bar.isnan(), -torch.inf, bar)
+    if table.doubtful is None:
+        return bar
+    allowed = table.doubtful.expand(1, -1) if permitted is None else table.doubtful & permitted
+    return bar.masked_fill(allowed.any(1), -torch.inf)
 
 
 def settled_leaders(
-    factors: LayerFactors,
-    form: NormScore,
-    x: Float[Tensor, "tokens inner"],
-    found: Leaders,
-    rows: Int[Tensor, " few"],
+    factors: LayerFactors, form: NormScore, x: Float[Tensor, "tokens inner"], found: Leaders
 ) -> tuple[Int[Tensor, " told"], Decision, Int[Tensor, " untold"]]:
-    """Of the doubtful tokens `rows`: those settled in float64 among the leaders, how, and those with more rivals.
+    """Of the doubtful tokens: those settled in float64 among their rivals, how, and those with more rivals than known.
 
     Args:
         factors: of the layer.
         form: of the scores.
         x: the layer's input, of all tokens.
         found: the leaders of all tokens.
-        rows: places of doubtful tokens.
     """
-    upper, place = found.upper[rows], found.place[rows]
-    rivals = upper >= found.bar[rows, None]
-    closed = ~rivals[:, -1] | (upper[:, -1] == -torch.inf) | (upper.shape[1] == form.eligible.shape[0])
-    closed = closed & upper[:, 0].isfinite() & (found.bar[rows] > -torch.inf)
-    told = rows[closed]
+    upper, place = found.rivals
+    rivals = upper >= found.bar[:, None]
+    whole = upper.shape[1] == form.eligible.shape[0]
+    closed = (~rivals[:, -1] | (upper[:, -1] == -torch.inf) | whole) & upper[:, 0].isfinite() & found.bar.isfinite()
+    told = found.doubtful[closed]
     upper, place, rivals = upper[closed], place[closed], rivals[closed] & (upper[closed] > -torch.inf)
     value = torch.full((told.shape[0], form.eligible.shape[0]), -torch.inf, dtype=torch.float64, device=x.device)
     value.scatter_(1, place, upper.double())
@@ -253,7 +268,7 @@ def settled_leaders(
         mine = (rivals & (place == adapter)).any(1).nonzero().flatten()
         norm = exact_norms(factors, adapter, x[told[mine]])
         value[mine, adapter] = norm / form.unit[adapter] - form.centre[adapter]
-    return told, ranked(value, torch.ones_like(told, dtype=torch.bool)), rows[~closed]
+    return told, ranked(value, torch.ones_like(told, dtype=torch.bool)), found.doubtful[~closed]
 
 
 def lone_winner(
@@ -288,11 +303,11 @@ def lone_winner(
 
 def decision_of(table: ScoreTable, found: Leaders) -> Decision:
     """The leaders as a decision, with margin and runner-up as a trace tells them."""
-    upper, place, length = found.upper[:, :2].double(), found.place[:, :2], found.length[:, :2]
+    upper, place, length = found.upper.double(), found.place, found.length
     scale, centre = table.scale[place].double() * length, -table.offset[place].double()
-    norm = ((upper + centre).square() - table.slack[place] * scale.square()).clamp_min(0.0).sqrt()
+    norm = ((upper + centre).square() - 1.001 * table.slack[place] * scale.square()).clamp_min(0.0).sqrt()
     value = torch.where(upper > -torch.inf, norm - centre, -torch.inf)
-    rescored = torch.zeros_like(found.certain)
+    rescored = torch.zeros_like(found.winner, dtype=torch.bool)
     if value.shape[1] == 1:
         nobody = torch.full_like(found.winner, BASE)
         return Decision(found.winner, nobody, torch.zeros_like(found.length[:, 0]), rescored)
