@@ -44,7 +44,7 @@ def routing_model_cost(
     rows: list[dict[str, object]] = []
     for done, count in enumerate(counts):
         progress(f"{count} adapters", done, len(counts))
-        bank = _bank(family, count, model, tokenizer, config)
+        bank = random_bank(family, count, model, tokenizer, size=config.size, seed=config.seed)
         for granularity in config.granularities:
             routed = RoutedModel(model, bank, granularity=granularity, memory=config.memory)
             try:
@@ -68,22 +68,24 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, config: RoutingModelCostRun) ->
     return [row for row in ids if row.shape[1] == config.tokens][: config.prompts]
 
 
-def _bank(
+def random_bank(
     family: AdapterFamily,
     count: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: RoutingModelCostRun,
+    *,
+    size: float,
+    seed: int,
 ) -> AdapterBank:
-    """Random adapters of equal size, described in closed form, so that many of them are chosen."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """Random adapters, entries of deviation `size`, described in closed form, so that many of them are chosen."""
+    generator = torch.Generator().manual_seed(seed)
     adapters = [
         Adapter(
             f"a{place}",
             family.plan,
             family.lora_A,
             {
-                module: config.size * torch.randn(row.out_features, row.rank, generator=generator)
+                module: size * torch.randn(row.out_features, row.rank, generator=generator)
                 for module, row in family.plan.modules.items()
             },
             family.fingerprint,
@@ -92,7 +94,7 @@ def _bank(
         )
         for place in range(count)
     ]
-    text = public_texts("pydoc", limit=16, words=60, seed=config.seed + 1)
+    text = public_texts("pydoc", limit=16, words=60, seed=seed + 1)
     calibration = AnalyticCalibration(text.passages, name="pydoc")
     return AdapterBank.build(family, adapters, calibration=calibration, model=model, tokenizer=tokenizer)
 
