@@ -82,6 +82,8 @@ def build_command(
     from treadle.recipes.bank import AdapterPath, build_bank
     from treadle.recipes.calibration import OwnSource, PublicSource
 
+    if own and method == "analytic":
+        raise InputError("--own and --method analytic", where="--own", remedy="pass one of them")
     paths = [AdapterPath(*_named(text)) for text in adapters]
     public = None if calibrate == "none" else PublicSource(calibrate, field=field, method=method)
     source = OwnSource(_own_texts(own), field=field) if own else public

@@ -46,7 +46,7 @@ def show_bank_change(change: BankChange, *, json: bool) -> None:
 
 def show_drift(found: Drift, *, json: bool) -> None:
     """Print how far traffic is from a bank's statistics."""
-    adapters = [(name, *found.of_adapter(name), name in found.stale_adapters) for name in found.names]
+    adapters = [(name, found.of_adapter(name), name in found.stale_adapters) for name in found.names]
     kinds = [(kind, *found.of_kind(kind)) for kind in found.kinds]
     if json:
         print_json(
@@ -54,8 +54,8 @@ def show_drift(found: Drift, *, json: bool) -> None:
                 "stale": found.stale,
                 "limits": {"shift": found.shift_limit, "ratio": found.ratio_limit},
                 "adapters": [
-                    {"name": name, "shift": _known(shift), "ratio": _known(ratio), "stale": stale}
-                    for name, shift, ratio, stale in adapters
+                    {"name": name, **{key: _known(value) for key, value in asdict(row).items()}, "stale": stale}
+                    for name, row, stale in adapters
                 ],
                 "kinds": [
                     {"kind": kind, "shift": _known(shift), "ratio": _known(ratio)} for kind, shift, ratio in kinds
@@ -65,8 +65,8 @@ def show_drift(found: Drift, *, json: bool) -> None:
         return
     print_table(
         "traffic against the statistics, over all modules",
-        ("adapter", "shift of the mean (deviations)", "ratio of deviations", "stale"),
-        [(name, shift, ratio, "yes" if stale else "no") for name, shift, ratio, stale in adapters],
+        ("adapter", "shift of means (deviations)", "with its sign", "ratio of deviations", "stale"),
+        [(name, row.shift, row.bias, row.ratio, "yes" if stale else "no") for name, row, stale in adapters],
     )
     print_table("by kind of module, without sign", ("kind", "shift", "ratio − 1"), kinds)
 

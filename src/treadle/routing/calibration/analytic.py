@@ -6,9 +6,9 @@ One run of the base over public text gives, per module, mean m and covariance C 
 
 describe any adapter of the family, those to come included, at O(rank³) a module and with no model at hand. The score
 needs mean and deviation of the norm itself: the squared norm is taken for Gamma distributed (`algebra.root_moments`).
-A second-order delta method was as near on SmolLM2-135M's trained adapters on average, but its errors differ more between
-adapters, which is what an argmax feels, and it fails where tails are heavy. docs/calibration.md has the errors by kind
-of module.
+A second-order delta method was as near on average for SmolLM2-135M's trained adapters, but its errors differ more
+between adapters, which is what an argmax feels, and it fails where tails are heavy. docs/calibration.md has the errors
+by kind of module.
 """
 
 from collections.abc import Mapping, Sequence

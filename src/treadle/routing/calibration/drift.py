@@ -12,8 +12,23 @@ from treadle.routing.calibration.statistics import Statistics
 from treadle.routing.calibration.traffic import TrafficStatistics
 
 SHIFT_LIMIT = 0.5
-"""A mean that is off by half a deviation, over all modules: as much as one token's score scatters in two draws."""
 RATIO_LIMIT = 1.5
+"""Where the yardstick is called stale. docs/calibration.md has what prompts of other kinds of text measure."""
+
+
+@dataclass(frozen=True)
+class AdapterDrift:
+    """One adapter's drift over its modules; NaN if it has no statistics.
+
+    Attributes:
+        shift: the mean of abs(shift), in deviations of the bank.
+        bias: the mean shift, in which modules that went up and down cancel.
+        ratio: the geometric mean of the ratio or its inverse, whichever is above 1.
+    """
+
+    shift: float
+    bias: float
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -24,8 +39,8 @@ class Drift:
         shift: module → (adapters,), the traffic's mean less the bank's, in deviations of the bank; NaN where unknown.
         ratio: module → (adapters,), the traffic's deviation over the bank's; NaN where unknown.
         names: of the adapters.
-        shift_limit: the largest mean shift, over an adapter's modules and without sign, that is not stale.
-        ratio_limit: the largest mean ratio that is not stale; its inverse is the smallest.
+        shift_limit: the largest shift of an adapter that is not stale.
+        ratio_limit: the largest ratio of an adapter that is not stale.
         uncalibrated: adapters that the bank has no statistics of.
     """
 
@@ -36,12 +51,14 @@ class Drift:
     ratio_limit: float
     uncalibrated: tuple[str, ...]
 
-    def of_adapter(self, name: str) -> tuple[float, float]:
-        """The mean shift and the geometric mean ratio of an adapter over its modules; NaN if nothing is known."""
+    def of_adapter(self, name: str) -> AdapterDrift:
+        """The drift of the adapter of this name over its modules."""
         place = self.names.index(name)
         shifts = torch.stack([values[place] for values in self.shift.values()])
         ratios = torch.stack([values[place] for values in self.ratio.values()])
-        return float(shifts.nanmean()), float(ratios.log().nanmean().exp())
+        return AdapterDrift(
+            float(shifts.abs().nanmean()), float(shifts.nanmean()), float(ratios.log().abs().nanmean().exp())
+        )
 
     def of_kind(self, kind: str) -> tuple[float, float]:
         """The means of abs(shift) and abs(ratio − 1) over all adapters and the modules whose last name is `kind`."""
@@ -58,13 +75,11 @@ class Drift:
     @property
     def stale_adapters(self) -> tuple[str, ...]:
         """The adapters whose traffic has left their statistics by more than the limits, or that have none."""
-        found: list[str] = []
-        for name in self.names:
-            shift, ratio = self.of_adapter(name)
-            off = abs(shift) > self.shift_limit or not 1 / self.ratio_limit <= ratio <= self.ratio_limit
-            if name in self.uncalibrated or (shift == shift and off):
-                found.append(name)
-        return tuple(found)
+        return tuple(name for name in self.names if name in self.uncalibrated or self._has_left(name))
+
+    def _has_left(self, name: str) -> bool:
+        found = self.of_adapter(name)
+        return found.shift > self.shift_limit or found.ratio > self.ratio_limit  # False of NaN
 
     @property
     def stale(self) -> bool:
