@@ -52,14 +52,13 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture
-def tiny_llama() -> LlamaForCausalLM:
-    """Two decoder layers, 32 wide, grouped-query attention: Linear modules of four different shapes."""
+def llama_of(*, width: int = 32, layers: int = 2, seed: int = 11) -> LlamaForCausalLM:
+    """Decoder layers with grouped-query attention and a tied head: Linear modules of four different shapes."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -68,8 +67,14 @@ def tiny_llama() -> LlamaForCausalLM:
         eos_token_id=2,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     return frozen(LlamaForCausalLM(config))
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """Two decoder layers, 32 wide."""
+    return llama_of()
 
 
 @pytest.fixture
@@ -248,6 +253,7 @@ MEMBERS = {"alpha": 0.3, "beta": 0.5, "gamma": 0.3, "delta": 0.2}
 def make() -> SimpleNamespace:
     """The functions above, since test modules cannot import this file."""
     return SimpleNamespace(
+        llama=llama_of,
         family=family_of,
         adapter=adapter_of,
         foreign=foreign_of,

@@ -3,16 +3,19 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 MEMBERS = ("sums", "films", "colours")
 
 
 @pytest.fixture(scope="session")
-def small_fleet(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def small_fleet(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, make: SimpleNamespace
+) -> Path:
     """A folder with base/, family/, sums/, films/, colours/ (members), foreign/ (PEFT's alone), public.txt.
 
     sums states ε = 3, films ε = 1, the others none.
@@ -24,20 +27,7 @@ def small_fleet(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTra
     from treadle.models.identity import identify_folder
 
     root = tmp_path_factory.mktemp("fleet")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = make.llama(seed=3)
     model.save_pretrained(root / "base")
     tiny_tokenizer.save_pretrained(root / "base")
     plan = RankPlan.uniform(linear_shapes(model, ["q_proj", "v_proj", "up_proj"]), rank=4)

@@ -9,11 +9,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from treadle import files
 from treadle.cli.app import main
@@ -30,22 +31,13 @@ Mistake = Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def world(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, make: SimpleNamespace
+) -> Path:
     """A base, a family, two adapters, a bank, a data file and run files that all work."""
     root = tmp_path_factory.mktemp("world")
+    make.llama(width=16, layers=1, seed=3).save_pretrained(root / "base")
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "base")
     tiny_tokenizer.save_pretrained(root / "base")
     model, tokenizer = load_model(str(root / "base")), load_tokenizer(str(root / "base"))
     plan = RankPlan.uniform(linear_shapes(model), rank=2)
