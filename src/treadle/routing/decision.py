@@ -127,11 +127,17 @@ def contenders(scores: Scores) -> Bool[Tensor, "tokens adapters"]:
     return (scores.upper >= best - 2.0 * TIE * best.abs().clamp_min(1.0)) & (scores.value > -torch.inf)
 
 
+def best(value: Float[Tensor, "rows adapters"]) -> Int[Tensor, " rows"]:
+    """The winner of each row of scores, `BASE` where all are -inf; ties go to the adapter that stands first."""
+    most = value.max(1, keepdim=True).values
+    near = value >= most - TIE * most.abs().clamp_min(1.0)
+    winner = near.int().argmax(1)  # argmax of 0/1 is the first 1
+    return torch.where(most.squeeze(1) > -torch.inf, winner, BASE)
+
+
 def ranked(value: Float[Tensor, "rows adapters"], rescored: Bool[Tensor, " rows"]) -> Decision:
     """The decision for each row of scores: -inf never wins, and ties go to the adapter that stands first."""
-    best = value.max(1, keepdim=True).values
-    near = (value >= best - TIE * best.abs().clamp_min(1.0)) & (value > -torch.inf)
-    winner = torch.where(near.any(1), near.int().argmax(1), BASE)  # argmax of 0/1 is the first 1
+    winner = best(value)
     first = winner.clamp_min(0)[:, None]
     second, runner_up = value.scatter(1, first, -torch.inf).max(1)
     there = second > -torch.inf

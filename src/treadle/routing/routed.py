@@ -19,7 +19,7 @@ from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
 from treadle.routing.compiled import compilable
-from treadle.routing.decision import BASE, Decision, Mixture, contenders, ranked
+from treadle.routing.decision import BASE, Decision, Mixture, best, contenders, ranked
 from treadle.routing.latents import Latents
 from treadle.routing.layer import Choice, Composition, RoutedLayer
 from treadle.routing.mixture import mixture
@@ -482,6 +482,8 @@ class RoutedModel(nn.Module):
         latents = Latents(flat, layer.factors)
         if self.composition.mixes:
             return Choice(mixture(scores, self.composition.top_k, self.composition.temperature), latents, None)
+        if self._trace is None:
+            return Choice(Mixture.of(best(scores)), latents, None)
         decision = ranked(scores, torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device))
         return Choice(Mixture.of(decision.winner), latents, decision)
 

@@ -114,21 +114,28 @@ class EvidencePass:
         """E at this layer for every token of the pass, in float64, -inf where an adapter was eligible nowhere yet.
 
         Args:
-            module: the layer; a second call for one layer in a pass adds to it.
+            module: the layer.
             scores: of every adapter, rows after rows.
             eligible: at this layer.
+
+        Raises:
+            UnsupportedError: the layer has run in this pass already.
         """
+        if module in self._fresh:
+            raise UnsupportedError("it runs twice in one pass", where=module, remedy="use granularity 'sequence'")
         rows, tokens = self._counted.shape
-        counted = self._counted.reshape(-1, 1)
-        cube = torch.where(counted & eligible, scores, 0.0).double().reshape(rows, tokens, -1).cumsum(1)
+        kept = self._counted.reshape(-1, 1) & eligible
+        cube = torch.where(kept, scores, 0.0).double().reshape(rows, tokens, -1).cumsum(1)
         past = self._before.sums.get(module)
-        self._fresh[module] = cube[:, -1] if past is None else cube[:, -1] + past
         if past is not None:
-            cube = cube + past[:, None]
-        self._evidence = cube if self._evidence is None else self._evidence.add_(cube)
-        self._terms = eligible.double() if self._terms is None else self._terms + eligible
+            cube += past[:, None]
+        self._fresh[module] = cube[:, -1].clone()  # the cube itself goes on to hold the sums over layers
+        if self._evidence is None or self._terms is None:
+            self._evidence, self._terms = cube, eligible.double()
+        else:
+            self._evidence, self._terms = cube.add_(self._evidence), self._terms + eligible
         number = self._number[:, :, None] * self._terms
-        return torch.where(number > 0, self._evidence / number, -torch.inf).flatten(0, 1)
+        return (self._evidence / number).masked_fill_(number == 0, -torch.inf).flatten(0, 1)
 
     def end(self) -> RunningSums:
         """The sums with this pass's tokens, so that the next pass continues from here."""
