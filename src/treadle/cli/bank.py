@@ -207,8 +207,9 @@ def calibrate_command(
 ) -> None:
     """Make the statistics of all adapters anew: by what they read, public text, their own, or a tenant's prompts.
 
-    Examples: treadle bank calibrate bank --method analytic --text encyclopedia.jsonl
-    treadle bank calibrate bank --method traffic --traffic prompts.jsonl --tenant clinic --if-stale
+    Example: treadle bank calibrate bank --method analytic --text encyclopedia.jsonl
+
+    Example: treadle bank calibrate bank --method traffic --traffic prompts.jsonl --tenant clinic --if-stale
     """
     from treadle.cli.tables import show_bank_change
     from treadle.recipes.bank import calibrate_bank
