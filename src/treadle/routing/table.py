@@ -209,8 +209,11 @@ def _leaders(table: ScoreTable, zs: Sequence[Tensor], permitted: Tensor | None) 
         columns = [one.expand(-1, width) for one, width in zip(lengths, widths, strict=True)]
         length = spread_out(table, columns).gather(1, place)
     bar = _bar(table, upper[:, 0], place[:, 0], length[:, 0], permitted)
-    for one in lengths:  # beyond what the square of a float32 holds
-        bar = bar.masked_fill(~(((one > _LENGTHS[0]) & (one < _LENGTHS[1])) | (one == 0.0)).squeeze(1), -torch.inf)
+    for group, one in zip(table.groups, lengths, strict=True):
+        beyond = ~(((one > _LENGTHS[0]) & (one < _LENGTHS[1])) | (one == 0.0)).squeeze(1)
+        if permitted is not None and group.columns is not None:
+            beyond &= permitted[:, group.columns].any(1)
+        bar = bar.masked_fill(beyond, -torch.inf)
     nobody = upper[:, 0] == -torch.inf
     proven = (upper[:, 1] < bar) if upper.shape[1] > 1 else (bar > -torch.inf)
     doubtful = (~(proven | nobody)).nonzero().flatten()
