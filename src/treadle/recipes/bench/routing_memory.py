@@ -78,8 +78,10 @@ def serve() -> None:
         for turn in range(int(requests)):
             place = int(torch.randint(len(bank.names), (1,), generator=generator))
             ids = tokenizer(texts[turn % len(texts)], return_tensors="pt")["input_ids"][:, :8]
-            used.add(int(routed.choose(ids, permitted=[{bank.names[place]}]).winner))
-            routed(ids, permitted=[{bank.names[place]}])
+            permitted = [{bank.names[place]}]
+            chosen = routed.choose(ids, permitted=permitted)
+            used.add(int(chosen.winner))
+            routed(ids, permitted=permitted, chosen=chosen)
     row = {
         "adapters": len(bank.names),
         "requests": int(requests),
