@@ -39,6 +39,7 @@ IMPORTERS = {
     "altair": (),
     "datasets": ("data/sources.py",),
     "dp_accounting": (),
+    "faiss": ("routing/approximate.py",),
     "fastapi": (),
     "flwr": (),
     "gguf": ("models/gguf.py",),

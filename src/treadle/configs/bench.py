@@ -115,6 +115,60 @@ class RoutingContinualRun(RunConfig):
         return self
 
 
+class RoutingLargeRun(RunConfig):
+    """`routing-large`.
+
+    Attributes:
+        spectra: the file with trained adapters' spectra, beside the configuration.
+        modules: whose inputs are used, the first under --quick.
+        adapters: in the bank; the largest number is judged.
+        threads: of torch.
+        seed: of the synthetic adapters.
+        sample: z's that the indexes are built with.
+        queries: tokens that are asked about.
+        quick_queries: likewise under --quick.
+        rounds: the median of so many.
+        probes: lists that the approximate search reads.
+        candidates: adapters that it scores.
+    """
+
+    spectra: str
+    modules: tuple[str, ...] = Field(min_length=1)
+    adapters: tuple[int, ...] = Field(min_length=1)
+    threads: tuple[int, ...] = Field(min_length=1)
+    seed: int = 0
+    sample: int = Field(ge=4)
+    queries: int = Field(ge=1)
+    quick_queries: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    probes: int = Field(ge=1)
+    candidates: int = Field(ge=1)
+
+
+class LayerSpectra(RunConfig):
+    """One layer of trained adapters.
+
+    Attributes:
+        module: its full name.
+        latent_mean: mean of z = A·x over public text, (rank,).
+        latent_covariance: of the same, (rank, rank).
+        norms: ‖B‖_F of every adapter that was trained there, scaling folded in.
+        shares: of each, the squared singular values of B divided by their sum, descending.
+    """
+
+    module: str
+    latent_mean: tuple[float, ...]
+    latent_covariance: tuple[tuple[float, ...], ...]
+    norms: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
+
+
+class Spectra(RunConfig):
+    """The file that `RoutingLargeRun.spectra` names."""
+
+    layers: tuple[LayerSpectra, ...] = Field(min_length=1)
+
+
 class RoutingModelCostRun(RunConfig):
     """`routing-model-cost`.
 
@@ -143,5 +197,25 @@ class RoutingModelCostRun(RunConfig):
     tokens: int = Field(ge=1)
     prompts: int = Field(ge=1)
     rounds: int = Field(ge=1)
+    memory: int = Field(ge=1)
+    seed: int = 0
+
+
+class RoutingMemoryRun(RunConfig):
+    """`routing-memory`.
+
+    Attributes:
+        base: the base model.
+        rank: of every adapter at every layer.
+        adapters: in the bank.
+        requests: to be answered.
+        memory: bytes of lora_B held at once.
+        seed: of adapters, requests and prompts.
+    """
+
+    base: str = "smollm2-135m"
+    rank: int = Field(ge=1)
+    adapters: int = Field(ge=1)
+    requests: int = Field(ge=1)
     memory: int = Field(ge=1)
     seed: int = 0

@@ -1,7 +1,7 @@
 """The exact best of very many adapters for one token, by bounds that are cheaper than the scores.
 
 The flat way computes all N scores by a product of width r(r+1)/2. Here a product of width r bounds them, and few are
-computed. Let S·Sᵀ be the covariance of a sample of z's plus a third of the square of their mean, so that y = S⁻¹z hardly
+computed. Let S·Sᵀ be the covariance of a sample of z's plus a third of their mean's square, so that y = S⁻¹z hardly
 prefers a direction; let λ₁ ≥ λ₂ be the largest eigenvalues of SᵀG_iS and v_i the first's eigenvector. Then
 
     ‖B_i z‖² ≤ (λ₁ − λ₂)·(v_i·y)² + λ₂·‖y‖².
@@ -11,7 +11,7 @@ h_i = T + c_i, is above it: a square and a sum, u_i = (w_i·y)² + b_i·‖y‖�
 
     a·√q − c ≥ t   ⇔   a²q/(2h) + h/2 − c ≥ t + (h − c − t)²/(2h),   for t + c ≥ 0.
 
-Adapters of similar b·E‖y‖² + o share a block; the greatest abs(w·y) in it bounds the block, and a block below the best
+Adapters of similar b and o share a block; the greatest abs(w·y) in it bounds the block, and a block below the best
 score found so far is never opened. Adapters that survive are scored in float64.
 """
 
@@ -28,19 +28,19 @@ from treadle.errors import InputError
 from treadle.routing.decision import BASE, TIE
 
 _BLOCK = 128
+_STRIP = 8 * _BLOCK
 _FIRST_BLOCKS = 2
 _GROWTH = 8
-_FIRST_SCORED = 16
+_FIRST_SCORED = 8
 _LEVEL_SAMPLES = 64
 # One absurd adapter must not make T absurd.
 _LEVEL = 1e3
 _CHUNK = 16384
-_WITHIN = np.arange(_BLOCK)
 _OPENED = -np.inf
 # Share of the sample's mean square: S stays well-conditioned where the sample spans less than the whole space.
 _RIDGE = 1e-8
-# Of the mean's square in S·Sᵀ: with all of it, bounds let 50 of 20,000 adapters through where it outweighs the covariance
-# four times, with 0.3 of it 3, with 0.1 of it 10; nothing is lost where it is small.
+# Of the mean's square in S·Sᵀ: with all of it, bounds let 53 of 20,000 adapters through where it outweighs the
+# covariance four times, with 0.3 of it 3, with 0.1 of it 10; where it is small, 0.3 is as good as all.
 _MEAN_SHARE = 0.3
 # Beyond this a float32 product could overflow; such an adapter has no bound and is always scored.
 _LARGEST = 1e15
@@ -156,7 +156,7 @@ def build_index(
         for at in range(0, grams.shape[0], _CHUNK)
     ]
     directions, slopes, offsets, roots = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    order = torch.argsort(slopes * usual + offsets, stable=True)
+    order = _ordered(slopes, offsets, usual)
     filler = -len(order) % _BLOCK
 
     def grid(values: Tensor, fill: float) -> Grid:
@@ -178,6 +178,12 @@ def build_index(
         scales=grid(scales, 0.0).ravel(),
         centres=c.ravel(),
     )
+
+
+def _ordered(slopes: Float64[Tensor, " adapters"], offsets: Float64[Tensor, " adapters"], usual: float) -> Tensor:
+    """Strips of similar b·E‖y‖² + o, each in the order of b, so that a block's members are alike at every ‖y‖²."""
+    strips = torch.argsort(slopes * usual + offsets, stable=True).split(_STRIP)
+    return torch.cat([strip[torch.argsort(slopes[strip], stable=True)] for strip in strips])
 
 
 def _level(grams: Tensor, scales: Tensor, centres: Tensor, z: Tensor) -> float:
@@ -267,8 +273,7 @@ def search(
         heights = walk.heights()
         size = _FIRST_BLOCKS
         while True:
-            low = heights < walk.floor + _sharper_blocks(index, walk.floor)
-            near = np.flatnonzero(~low & (heights != _OPENED))
+            near = (~walk.low(heights) & (heights != _OPENED)).nonzero()[0]
             if near.size == 0:
                 return walk.end(settle)
             if walk.floor == -np.inf and near.size > size:
@@ -278,33 +283,36 @@ def search(
             size *= _GROWTH
 
 
-def _sharper_blocks(index: ScoreIndex, floor: float) -> Float64[np.ndarray, " blocks"] | float:
-    """How far above `floor` a block's u must be for a score of `floor`."""
-    if floor == -np.inf:
-        return 0.0
-    blocks = index.blocks
-    return np.where(floor + blocks.centres >= 0.0, (index.level - floor) ** 2 / (2.0 * blocks.roots), 0.0)
-
-
 class _Walk:
     """One search: what has been scored, and the floor below which no score matters any more."""
 
     def __init__(self, index: ScoreIndex, z: np.ndarray, permitted: np.ndarray | None) -> None:
         self.index, self.permitted = index, permitted
-        self.z = z
+        self.products = z[index.pairs[0]] * z[index.pairs[1]]
+        self.norm = float(z @ z)
         y = index.whitening @ z
         self.length = float(y @ y)
         self.sizes = torch.mv(index.directions.T, torch.from_numpy(y.astype(np.float32))).abs_().view(-1, _BLOCK)
         self.floor = -np.inf
         self.columns: list[np.ndarray] = []
-        self.uppers: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
 
     def heights(self) -> Float64[np.ndarray, " blocks"]:
-        """Of each block, a number that none of its u's is above."""
+        """Of each block, a number that none of its scores is above."""
         blocks, more = self.index.blocks, self.length - self.index.usual
-        widest = self.sizes.amax(1).numpy().astype(np.float64)
-        return widest * widest + blocks.heights + more * (blocks.steepest if more > 0 else blocks.flattest)
+        height = self.sizes.amax(1).numpy().astype(np.float64)
+        height *= height
+        height += blocks.heights
+        height += more * (blocks.steepest if more > 0 else blocks.flattest)
+        return height
+
+    def low(self, heights: Float64[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
+        """Which blocks hold no score that reaches the floor."""
+        if self.floor == -np.inf:
+            return np.zeros(len(heights), dtype=bool)
+        blocks = self.index.blocks
+        sharper = (self.index.level - self.floor) ** 2 / (2.0 * blocks.roots)
+        return heights < self.floor + np.where(self.floor + blocks.centres >= 0.0, sharper, 0.0)
 
     def reaches(self, blocks: Int[np.ndarray, " some"]) -> Float64[np.ndarray, "some 128"]:
         """u of everybody in these blocks."""
@@ -317,22 +325,23 @@ class _Walk:
     def open(self, blocks: Int[np.ndarray, " some"]) -> None:
         """Score everybody in these blocks whose u reaches the floor, the most promising first."""
         u = self.reaches(blocks).ravel()
-        near = np.flatnonzero(~(u < self.floor))
-        columns, u = (blocks[:, None] * _BLOCK + _WITHIN).ravel()[near], u[near]
+        near = (~(u < self.floor)).nonzero()[0]
+        columns, u = blocks[near // _BLOCK] * _BLOCK + near % _BLOCK, u[near]
         places = self.index.places[columns]
         free = places >= 0 if self.permitted is None else (places >= 0) & self.permitted[places]
         columns, u = columns[free], u[free]
         if columns.size > _FIRST_SCORED:
             order = np.argpartition(u, -_FIRST_SCORED)
             self._score(columns[order[-_FIRST_SCORED:]])
-            columns, u = columns[order[:-_FIRST_SCORED]], u[order[:-_FIRST_SCORED]]
-        columns = columns[self._reaching(columns, u)]
+            order = order[:-_FIRST_SCORED]
+            columns, u = columns[order], u[order]
+            columns = columns[self._reaching(columns, u)]
         if columns.size:
             self._score(columns)
 
     def _reaching(self, columns: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Places in `columns` of those whose score may reach the floor."""
-        near = np.flatnonzero(~(u < self.floor))
+        near = (~(u < self.floor)).nonzero()[0]
         if self.floor == -np.inf or near.size == 0:
             return near
         h, c = self.index.roots.ravel()[columns[near]], self.index.centres[columns[near]]
@@ -340,44 +349,46 @@ class _Walk:
         return near[~(u[near] < self.floor + sharper)]
 
     def _score(self, columns: np.ndarray) -> None:
-        index = self.index
-        squares = _squares(index, self.z, columns)
-        scales, centres = index.scales[columns], index.centres[columns]
-        value = scales * np.sqrt(squares) - centres
-        slack = 2.0 * FP32_UNIT * float(self.z @ self.z)
-        rounding = 16.0 * FP64_UNIT * (np.abs(value) + 2.0 * np.abs(centres))
-        lower = scales * np.sqrt(np.maximum(squares - slack, 0.0)) - centres - rounding
-        upper = scales * np.sqrt(squares + slack) - centres + rounding
-        best = np.where(np.isfinite(lower), lower, -np.inf).max()
-        self.floor = max(self.floor, float(best - 2.0 * TIE * max(1.0, abs(best))))
+        value = stored_scores(self.index, self.products, columns)
         self.columns.append(columns)
-        self.uppers.append(upper)
         self.values.append(value)
+        best = int(value.argmax())
+        if not np.isfinite(value[best]):
+            best = int(np.where(np.isfinite(value), value, -np.inf).argmax())
+        if np.isfinite(value[best]):
+            least = float(self._off(value[best : best + 1], columns[best : best + 1], -1.0)[0])
+            self.floor = max(self.floor, least - 2.0 * TIE * max(1.0, abs(least)))
+
+    def _off(self, value: np.ndarray, columns: np.ndarray, sign: float) -> np.ndarray:
+        """The values moved up (1.0) or down (-1.0) by as much as the rounding of Gram and score can have moved them."""
+        scales, centres = self.index.scales[columns], self.index.centres[columns]
+        # The Gram of a unit-norm B, rounded to float32, is off by one unit of its norm; twice that leaves room.
+        slack = 2.0 * FP32_UNIT * self.norm * np.square(scales)
+        root = np.sqrt(np.maximum(np.square(value + centres) + sign * slack, 0.0))
+        return root - centres + sign * 16.0 * FP64_UNIT * (root + np.abs(centres))
 
     def end(self, settle: Callable[[Sequence[int]], Sequence[float]] | None) -> Found:
         """The decision among all who were scored."""
-        if not self.columns:
-            return Found(BASE, -np.inf, 0)
-        columns, upper, value = (np.concatenate(parts) for parts in (self.columns, self.uppers, self.values))
-        places = self.index.places[columns]
-        rivals = np.flatnonzero(upper >= self.floor)
+        if self.floor == -np.inf:
+            return Found(BASE, -np.inf, sum(map(len, self.columns)))
+        columns, value = np.concatenate(self.columns), np.concatenate(self.values)
+        rivals = (self._off(value, columns, 1.0) >= self.floor).nonzero()[0]
+        places, close = self.index.places[columns[rivals]], value[rivals]
         if settle is not None and rivals.size > 1:
-            value[rivals] = settle(places[rivals].tolist())
-        value = np.where(np.isfinite(value), value, -np.inf)
-        best = float(value.max())
-        if best == -np.inf:
-            return Found(BASE, best, len(columns))
-        winner = int(places[value >= best - TIE * max(1.0, abs(best))].min())
-        return Found(winner, float(value[places == winner][0]), len(columns))
+            close = np.asarray(settle(places.tolist()), dtype=np.float64)
+        close = np.where(np.isfinite(close), close, -np.inf)
+        best = float(close.max())
+        at = (close >= best - TIE * max(1.0, abs(best))).nonzero()[0]
+        winner = at[places[at].argmin()]
+        return Found(int(places[winner]), float(close[winner]), len(columns))
 
 
 def stored_scores(
-    index: ScoreIndex, z: Float64[np.ndarray, " rank"], columns: Int[np.ndarray, " some"]
+    index: ScoreIndex, products: Float64[np.ndarray, " pairs"], columns: Int[np.ndarray, " some"]
 ) -> Float64[np.ndarray, " some"]:
-    """The scores of the adapters at these columns of the index, from the stored Grams."""
-    return index.scales[columns] * np.sqrt(_squares(index, z, columns)) - index.centres[columns]
+    """The scores of the adapters at these columns of the index, from the stored Grams and the token's pair products.
 
-
-def _squares(index: ScoreIndex, z: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """‖B z‖²/‖B‖², each row summed on its own, so that none depends on who else is asked for."""
-    return np.maximum((index.grams[columns] * (z[index.pairs[0]] * z[index.pairs[1]])).sum(1), 0.0)
+    Each row is summed on its own, so that no score depends on who else is asked for.
+    """
+    squares = (index.grams.take(columns, axis=0) * products).sum(1)
+    return index.scales[columns] * np.sqrt(np.maximum(squares, 0.0)) - index.centres[columns]

@@ -13,12 +13,22 @@ from treadle.configs.bench import (
     RoutingContinualRun,
     RoutingCostRun,
     RoutingExactnessRun,
+    RoutingLargeRun,
+    RoutingMemoryRun,
     RoutingModelCostRun,
 )
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
-from treadle.recipes.bench import demo_quality, routing_continual, routing_cost, routing_exactness, routing_model_cost
+from treadle.recipes.bench import (
+    demo_quality,
+    routing_continual,
+    routing_cost,
+    routing_exactness,
+    routing_large,
+    routing_memory,
+    routing_model_cost,
+)
 from treadle.recipes.bench.result import BenchmarkResult, finished_runs
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -87,6 +97,15 @@ def _routing_exactness(config: RoutingExactnessRun, session: Session) -> Benchma
     )
 
 
+def _routing_large(config: RoutingLargeRun, session: Session) -> BenchmarkResult:
+    folder = session.runs.parent.parent  # the spectra lie beside the configuration
+    return routing_large.routing_large(config, folder=folder, quick=session.quick, progress=session.progress)
+
+
+def _routing_memory(config: RoutingMemoryRun, session: Session) -> BenchmarkResult:
+    return routing_memory.routing_memory(config, work=session.work, quick=session.quick, progress=session.progress)
+
+
 def _routing_model_cost(config: RoutingModelCostRun, session: Session) -> BenchmarkResult:
     return routing_model_cost.routing_model_cost(config, quick=session.quick, progress=session.progress)
 
@@ -96,6 +115,8 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
     "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
     "routing-exactness": Benchmark(RoutingExactnessRun, _routing_exactness),
+    "routing-large": Benchmark(RoutingLargeRun, _routing_large),
+    "routing-memory": Benchmark(RoutingMemoryRun, _routing_memory),
     "routing-model-cost": Benchmark(RoutingModelCostRun, _routing_model_cost),
 }
 
