@@ -91,6 +91,14 @@ class Decision:
             self.rescored.index_copy(0, rows, other.rescored),
         )
 
+    def renamed(self, places: Int[Tensor, "tokens columns"]) -> "Decision":
+        """The same, each token's columns being the adapters at these places in the bank."""
+
+        def of(column: Tensor) -> Tensor:
+            return torch.where(column == BASE, BASE, places.gather(1, column.clamp_min(0)[:, None]).squeeze(1))
+
+        return Decision(of(self.winner), of(self.runner_up), self.margin, self.rescored)
+
     def repeated(self, times: int) -> "Decision":
         """Every decision `times` times in a row, as beams and candidates of one prompt need it."""
         return Decision(

@@ -117,7 +117,7 @@ class RoutedLayer(nn.Module):
         decision = decision_of(self.table, found) if explained else None
         if found.doubtful.shape[0] == 0:
             return Choice(Mixture.of(winner), ready, decision)
-        rows, settled, others = settled_leaders(self.factors, self.form, x, found)
+        rows, settled, others = settled_leaders(self.factors, self.form, x, zs, found)
         for some, exact in ((rows, settled), (others, self._settled(x, permitted, others))):
             winner = winner.index_copy(0, some, exact.winner)
             decision = None if decision is None else decision.replaced(some, exact)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from treadle.algebra import FP32_UNIT, squared_norm_error
+from treadle.algebra import FP32_UNIT, pair_products, squared_norm_error
 from treadle.routing.decision import BASE, TIE, Decision, ranked
 from treadle.routing.factors import Group, LayerFactors, exact_norms
 from treadle.routing.scores import NormScore
@@ -152,7 +152,7 @@ def values(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> Float[Tensor,
     for group, z in zip(table.groups, latents_of(table, x), strict=True):
         square, length = squares(group, z)
         roots.append(square.clamp_min_(0.0).sqrt_().mul_(length.float()))
-    return torch.addcmul(table.offset, spread_out(table, roots), table.scale)
+    return spread_out(table, roots).mul_(table.scale).add_(table.offset)
 
 
 def spread_out(table: ScoreTable, columns: Sequence[Float[Tensor, "rows _"]]) -> Float[Tensor, "rows adapters"]:
@@ -199,7 +199,7 @@ def leaders(
 def _leaders(table: ScoreTable, zs: Sequence[Tensor], permitted: Tensor | None) -> Leaders:
     lengths = [torch.linalg.vector_norm(z, dim=1, keepdim=True) for z in zs]
     roots = [_roots(*each) for each in zip(table.groups, zs, lengths, strict=True)]
-    bounds = torch.addcmul(table.offset, spread_out(table, roots), table.scale)
+    bounds = spread_out(table, roots).mul_(table.scale).add_(table.offset)
     if permitted is not None:
         bounds.masked_fill_(~permitted, -torch.inf)
     upper, place = bounds.topk(min(2, bounds.shape[1]), dim=1)
@@ -249,14 +249,21 @@ def _bar(table: ScoreTable, first: Tensor, winner: Tensor, length: Tensor, permi
 
 
 def settled_leaders(
-    factors: LayerFactors, form: NormScore, x: Float[Tensor, "tokens inner"], found: Leaders
+    factors: LayerFactors,
+    form: NormScore,
+    x: Float[Tensor, "tokens inner"],
+    zs: Sequence[Float[Tensor, "tokens _"]],
+    found: Leaders,
 ) -> tuple[Int[Tensor, " told"], Decision, Int[Tensor, " untold"]]:
     """Of the doubtful tokens: those settled in float64 among their rivals, how, and those with more rivals than known.
+
+    First by the stored Grams, whose one rounding leaves hardly a doubt; what is left from the stored matrices.
 
     Args:
         factors: of the layer.
         form: of the scores.
         x: the layer's input, of all tokens.
+        zs: `latents_of` it.
         found: the leaders of all tokens.
     """
     upper, place = found.rivals
@@ -265,13 +272,37 @@ def settled_leaders(
     closed = (~rivals[:, -1] | (upper[:, -1] == -torch.inf) | whole) & upper[:, 0].isfinite() & found.bar.isfinite()
     told = found.doubtful[closed]
     upper, place, rivals = upper[closed], place[closed], rivals[closed] & (upper[closed] > -torch.inf)
-    value = torch.full((told.shape[0], form.eligible.shape[0]), -torch.inf, dtype=torch.float64, device=x.device)
-    value.scatter_(1, place, upper.double())
+    value = torch.where(upper > -torch.inf, upper.double(), -torch.inf)
+    if len(factors.groups) == 1:
+        value, rivals = _by_grams(factors.groups[0], form, zs[0][told], place, value, rivals)
     for adapter in place[rivals].unique().tolist():
-        mine = (rivals & (place == adapter)).any(1).nonzero().flatten()
-        norm = exact_norms(factors, adapter, x[told[mine]])
-        value[mine, adapter] = norm / form.unit[adapter] - form.centre[adapter]
-    return told, ranked(value, torch.ones_like(told, dtype=torch.bool)), found.doubtful[~closed]
+        row, column = (rivals & (place == adapter)).nonzero(as_tuple=True)
+        norm = exact_norms(factors, adapter, x[told[row]])
+        value[row, column] = norm / form.unit[adapter] - form.centre[adapter]
+    order = place.argsort(1)  # ties go to the adapter that stands first in the bank
+    decision = ranked(value.gather(1, order), torch.ones_like(told, dtype=torch.bool))
+    return told, decision.renamed(place.gather(1, order)), found.doubtful[~closed]
+
+
+def _by_grams(
+    group: Group, form: NormScore, z: Tensor, place: Tensor, value: Tensor, rivals: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rivals' scores in float64 from their Grams, and who is a rival of the best even after the Grams' rounding."""
+    column = torch.full_like(form.eligible, 0, dtype=torch.long)
+    column[group.columns] = torch.arange(len(group.columns), device=z.device)
+    mine = column[place]
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    products = pair_products(z / torch.where(length > 0, length, 1.0))
+    square = torch.einsum("fp,fkp->fk", products, group.grams[mine].double())
+    scale, centre = length * group.norms[mine] / form.unit[place], form.centre[place]
+    # A Gram is rounded once to float32: Σ abs(z_i z_j G_ij) of unit vectors times that; twice, for float64's own.
+    error = 2.0 * FP32_UNIT
+    high = (square + error).clamp_min(0.0).sqrt() * scale - centre
+    low = (square - error).clamp_min(0.0).sqrt() * scale - centre
+    value = torch.where(rivals, square.clamp_min(0.0).sqrt() * scale - centre, value)
+    best = torch.where(rivals, low, -torch.inf).max(1, keepdim=True).values
+    still = rivals & (high >= best - 2.0 * TIE * best.abs().clamp_min(1.0))
+    return value, still & (still.sum(1, keepdim=True) > 1)
 
 
 def lone_winner(
