@@ -118,9 +118,12 @@ class RoutedLayer(nn.Module):
         if found.doubtful.shape[0] == 0:
             return Choice(Mixture.of(winner), ready, decision)
         rows, settled, others = settled_leaders(self.factors, self.form, x, zs, found)
-        for some, exact in ((rows, settled), (others, self._settled(x, permitted, others))):
-            winner = winner.index_copy(0, some, exact.winner)
-            decision = None if decision is None else decision.replaced(some, exact)
+        winner = winner.index_copy(0, rows, settled.winner)
+        decision = None if decision is None else decision.replaced(rows, settled)
+        if others.shape[0] > 0:
+            exact = self._settled(x, permitted, others)
+            winner = winner.index_copy(0, others, exact.winner)
+            decision = None if decision is None else decision.replaced(others, exact)
         return Choice(Mixture.of(winner), ready, decision)
 
     def _settled(self, x: Tensor, permitted: Tensor | None, rows: Tensor) -> Decision:
