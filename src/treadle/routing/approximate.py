@@ -67,7 +67,7 @@ def build_approximate_index(
     features = _features(known)
     second = features.T @ features / len(features)
     root = np.linalg.cholesky(second + _RIDGE * np.diag(np.diag(second)))
-    held = np.flatnonzero((exact.places >= 0) & np.isfinite(exact.offsets.ravel()))
+    held = np.flatnonzero((exact.places >= 0) & np.isfinite(exact.lines[:, 1].ravel()))
     vectors = np.ascontiguousarray(_vectors(exact, held) @ root, dtype=np.float32)
     nearest = _lists(vectors, held, probes, candidates)
     built = ApproximateIndex(exact, nearest, np.linalg.inv(root), float("nan"))
@@ -109,6 +109,6 @@ def _features(z: Float[Tensor, "tokens rank"]) -> Float64[np.ndarray, "tokens fe
 
 
 def _vectors(exact: ScoreIndex, columns: np.ndarray) -> Float64[np.ndarray, "held features"]:
-    roots, centres = exact.roots.ravel()[columns], exact.centres[columns]
-    weights = np.square(exact.scales[columns]) / (2.0 * roots)
+    scales, centres, roots = exact.scales[columns].T
+    weights = np.square(scales) / (2.0 * roots)
     return np.column_stack([exact.grams[columns] * weights[:, None], roots / 2.0 - centres])

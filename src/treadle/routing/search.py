@@ -28,8 +28,8 @@ from treadle.errors import InputError
 from treadle.routing.decision import BASE, TIE
 
 _BLOCK = 128
+_FIRST_BLOCKS = 8
 _STRIP = 8 * _BLOCK
-_FIRST_BLOCKS = 2
 _GROWTH = 8
 _FIRST_SCORED = 8
 _LEVEL_SAMPLES = 64
@@ -37,6 +37,9 @@ _LEVEL_SAMPLES = 64
 _LEVEL = 1e3
 _CHUNK = 16384
 _OPENED = -np.inf
+_LOWEST = -1e308
+# Of a score's root and centre, by the few float64 operations between them.
+_ROUNDING = 16.0 * FP64_UNIT
 # Share of the sample's mean square: S stays well-conditioned where the sample spans less than the whole space.
 _RIDGE = 1e-8
 # Of the mean's square in S·Sᵀ: with all of it, bounds let 53 of 20,000 adapters through where it outweighs the
@@ -45,7 +48,6 @@ _MEAN_SHARE = 0.3
 # Beyond this a float32 product could overflow; such an adapter has no bound and is always scored.
 _LARGEST = 1e15
 
-Column = Float64[np.ndarray, " filled"]
 Grid = Float64[np.ndarray, "blocks 128"]
 
 
@@ -57,15 +59,15 @@ class Blocks:
         heights: the greatest b·E‖y‖² + o.
         steepest: the greatest b.
         flattest: the least b.
-        roots: the greatest h; inf, which sharpens nothing, unless every h is T + c.
-        centres: the least c.
+        sharpness: 1/(2h) at the greatest h; 0 unless every h is T + c.
+        least_centre: the least c of all.
     """
 
     heights: Float64[np.ndarray, " blocks"]
     steepest: Float64[np.ndarray, " blocks"]
     flattest: Float64[np.ndarray, " blocks"]
-    roots: Float64[np.ndarray, " blocks"]
-    centres: Float64[np.ndarray, " blocks"]
+    sharpness: Float64[np.ndarray, " blocks"]
+    least_centre: float
 
 
 @dataclass(frozen=True)
@@ -79,30 +81,24 @@ class ScoreIndex:
         usual: E‖y‖².
         level: T.
         directions: w, one column an adapter, float32.
-        slopes: b.
-        offsets: o; inf where an adapter has no bound, -inf where a block is filled up.
-        roots: h.
+        lines: b and o of each block's members; o is inf where an adapter has no bound, -inf where a block is filled up.
         blocks: bounds of all these.
         pairs: the order of `treadle.algebra.pair_products`.
         places: of each adapter in the bank, -1 where a block is filled up.
         grams: packed, as `treadle.algebra.packed_gram` gives them for unit-norm B's, float32.
-        scales: a = ‖B‖_F/σ.
-        centres: c = μ/σ.
+        scales: of each adapter a = ‖B‖_F/σ, c = μ/σ and h.
     """
 
     whitening: Float64[np.ndarray, "rank rank"]
     usual: float
     level: float
     directions: Float[Tensor, "rank filled"]
-    slopes: Grid
-    offsets: Grid
-    roots: Grid
+    lines: Float64[np.ndarray, "blocks 2 128"]
     blocks: Blocks
     pairs: Int[np.ndarray, "2 pairs"]
     places: Int[np.ndarray, " filled"]
     grams: Float[np.ndarray, "filled pairs"]
-    scales: Column
-    centres: Column
+    scales: Float64[np.ndarray, "filled 3"]
 
 
 @dataclass(frozen=True)
@@ -168,15 +164,12 @@ def build_index(
         usual=usual,
         level=level,
         directions=torch.nn.functional.pad(directions[order].T, (0, filler)).contiguous(),
-        slopes=b,
-        offsets=o,
-        roots=h,
+        lines=np.stack([b, o], axis=1),
         blocks=_blocks(b, o, h, c, usual=usual, level=level),
         pairs=torch.triu_indices(rank, rank).numpy(),
         places=torch.nn.functional.pad(order, (0, filler), value=-1).numpy(),
         grams=torch.nn.functional.pad(grams[order].float(), (0, 0, 0, filler)).numpy(),
-        scales=grid(scales, 0.0).ravel(),
-        centres=c.ravel(),
+        scales=np.stack([grid(scales, 0.0), c, h], axis=2).reshape(-1, 3),
     )
 
 
@@ -242,8 +235,8 @@ def _blocks(b: Grid, o: Grid, h: Grid, c: Grid, *, usual: float, level: float) -
     rounding = 4.0 * FP64_UNIT * (np.abs(h) + np.abs(c))
     with np.errstate(invalid="ignore"):  # inf - inf of adapters without a bound: not regular
         regular = (np.abs(h - c - level) <= rounding) | (o == -np.inf)
-    roots = np.where(regular.all(1), h.max(1), np.inf)
-    return Blocks((b * usual + o).max(1), b.max(1), b.min(1), roots, c.min(1))
+    sharpness = np.where(regular.all(1), 1.0 / (2.0 * h.max(1)), 0.0)
+    return Blocks((b * usual + o).max(1), b.max(1), b.min(1), sharpness, float(np.where(np.isnan(c), -np.inf, c).min()))
 
 
 def search(
@@ -271,16 +264,15 @@ def search(
     with np.errstate(invalid="ignore", over="ignore"):  # adapters without a bound may hold anything
         walk = _Walk(index, z.double().numpy(), None if permitted is None else permitted.numpy())
         heights = walk.heights()
-        size = _FIRST_BLOCKS
-        while True:
-            near = (~walk.low(heights) & (heights != _OPENED)).nonzero()[0]
-            if near.size == 0:
-                return walk.end(settle)
-            if walk.floor == -np.inf and near.size > size:
-                near = near[np.argpartition(heights[near], -size)[-size:]]
+        size = min(_FIRST_BLOCKS, len(heights))
+        near = heights.argpartition(-size)[-size:]
+        while near.size:
             walk.open(near)
             heights[near] = _OPENED
-            size *= _GROWTH
+            near, size = (~walk.low(heights) & (heights != _OPENED)).nonzero()[0], size * _GROWTH
+            if walk.floor == -np.inf and near.size > size:
+                near = near[heights[near].argpartition(-size)[-size:]]
+        return walk.end(settle)
 
 
 class _Walk:
@@ -289,7 +281,8 @@ class _Walk:
     def __init__(self, index: ScoreIndex, z: np.ndarray, permitted: np.ndarray | None) -> None:
         self.index, self.permitted = index, permitted
         self.products = z[index.pairs[0]] * z[index.pairs[1]]
-        self.norm = float(z @ z)
+        # The Gram of a unit-norm B, rounded to float32, is off by one unit of its norm; twice that leaves room.
+        self.slack = 2.0 * FP32_UNIT * float(z @ z)
         y = index.whitening @ z
         self.length = float(y @ y)
         self.sizes = torch.mv(index.directions.T, torch.from_numpy(y.astype(np.float32))).abs_().view(-1, _BLOCK)
@@ -308,45 +301,43 @@ class _Walk:
 
     def low(self, heights: Float64[np.ndarray, " blocks"]) -> Bool[np.ndarray, " blocks"]:
         """Which blocks hold no score that reaches the floor."""
-        if self.floor == -np.inf:
-            return np.zeros(len(heights), dtype=bool)
         blocks = self.index.blocks
-        sharper = (self.index.level - self.floor) ** 2 / (2.0 * blocks.roots)
-        return heights < self.floor + np.where(self.floor + blocks.centres >= 0.0, sharper, 0.0)
+        if self.floor + blocks.least_centre < 0.0:
+            return heights < self.floor
+        return heights < self.floor + (self.index.level - self.floor) ** 2 * blocks.sharpness
 
     def reaches(self, blocks: Int[np.ndarray, " some"]) -> Float64[np.ndarray, "some 128"]:
         """u of everybody in these blocks."""
         u = self.sizes.numpy()[blocks].astype(np.float64)
+        lines = self.index.lines[blocks]
         u *= u
-        u += self.index.slopes[blocks] * self.length
-        u += self.index.offsets[blocks]
+        u += lines[:, 0] * self.length
+        u += lines[:, 1]
         return u
 
     def open(self, blocks: Int[np.ndarray, " some"]) -> None:
         """Score everybody in these blocks whose u reaches the floor, the most promising first."""
         u = self.reaches(blocks).ravel()
-        near = (~(u < self.floor)).nonzero()[0]
-        columns, u = blocks[near // _BLOCK] * _BLOCK + near % _BLOCK, u[near]
-        places = self.index.places[columns]
-        free = places >= 0 if self.permitted is None else (places >= 0) & self.permitted[places]
-        columns, u = columns[free], u[free]
-        if columns.size > _FIRST_SCORED:
-            order = np.argpartition(u, -_FIRST_SCORED)
-            self._score(columns[order[-_FIRST_SCORED:]])
-            order = order[:-_FIRST_SCORED]
-            columns, u = columns[order], u[order]
-            columns = columns[self._reaching(columns, u)]
+        if self.permitted is not None:
+            places = self.index.places.reshape(-1, _BLOCK)[blocks].ravel()
+            u[~self.permitted[places]] = -np.inf
+        near = self._near(u)
+        if near.size > _FIRST_SCORED:
+            best = near[u[near].argpartition(-_FIRST_SCORED)[-_FIRST_SCORED:]]
+            self._score(blocks[best // _BLOCK] * _BLOCK + best % _BLOCK)
+            u[best] = -np.inf
+            near = self._near(u)
+        columns = blocks[near // _BLOCK] * _BLOCK + near % _BLOCK
+        if self.floor > -np.inf and columns.size:
+            c, h = self.index.scales[columns, 1:].T
+            sharper = np.where(self.floor + c >= 0.0, (h - c - self.floor) ** 2 / (2.0 * h), 0.0)
+            columns = columns[~(u[near] < self.floor + sharper)]
         if columns.size:
             self._score(columns)
 
-    def _reaching(self, columns: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Places in `columns` of those whose score may reach the floor."""
-        near = (~(u < self.floor)).nonzero()[0]
-        if self.floor == -np.inf or near.size == 0:
-            return near
-        h, c = self.index.roots.ravel()[columns[near]], self.index.centres[columns[near]]
-        sharper = np.where(self.floor + c >= 0.0, (h - c - self.floor) ** 2 / (2.0 * h), 0.0)
-        return near[~(u[near] < self.floor + sharper)]
+    def _near(self, u: np.ndarray) -> np.ndarray:
+        """Where u reaches the floor, nor is -inf."""
+        return (~(u < max(self.floor, _LOWEST))).nonzero()[0]
 
     def _score(self, columns: np.ndarray) -> None:
         value = stored_scores(self.index, self.products, columns)
@@ -356,23 +347,20 @@ class _Walk:
         if not np.isfinite(value[best]):
             best = int(np.where(np.isfinite(value), value, -np.inf).argmax())
         if np.isfinite(value[best]):
-            least = float(self._off(value[best : best + 1], columns[best : best + 1], -1.0)[0])
+            scale, centre, _ = self.index.scales[columns[best]].tolist()
+            squared = max((float(value[best]) + centre) ** 2 - self.slack * scale**2, 0.0)
+            least = squared**0.5 - centre - _ROUNDING * (squared**0.5 + abs(centre))
             self.floor = max(self.floor, least - 2.0 * TIE * max(1.0, abs(least)))
-
-    def _off(self, value: np.ndarray, columns: np.ndarray, sign: float) -> np.ndarray:
-        """The values moved up (1.0) or down (-1.0) by as much as the rounding of Gram and score can have moved them."""
-        scales, centres = self.index.scales[columns], self.index.centres[columns]
-        # The Gram of a unit-norm B, rounded to float32, is off by one unit of its norm; twice that leaves room.
-        slack = 2.0 * FP32_UNIT * self.norm * np.square(scales)
-        root = np.sqrt(np.maximum(np.square(value + centres) + sign * slack, 0.0))
-        return root - centres + sign * 16.0 * FP64_UNIT * (root + np.abs(centres))
 
     def end(self, settle: Callable[[Sequence[int]], Sequence[float]] | None) -> Found:
         """The decision among all who were scored."""
         if self.floor == -np.inf:
             return Found(BASE, -np.inf, sum(map(len, self.columns)))
         columns, value = np.concatenate(self.columns), np.concatenate(self.values)
-        rivals = (self._off(value, columns, 1.0) >= self.floor).nonzero()[0]
+        scale, centre, _ = self.index.scales[columns].T
+        root = np.sqrt(np.square(value + centre) + self.slack * np.square(scale))
+        most = root - centre + _ROUNDING * (root + np.abs(centre))
+        rivals = (most >= self.floor).nonzero()[0]
         places, close = self.index.places[columns[rivals]], value[rivals]
         if settle is not None and rivals.size > 1:
             close = np.asarray(settle(places.tolist()), dtype=np.float64)
@@ -391,4 +379,5 @@ def stored_scores(
     Each row is summed on its own, so that no score depends on who else is asked for.
     """
     squares = (index.grams.take(columns, axis=0) * products).sum(1)
-    return index.scales[columns] * np.sqrt(np.maximum(squares, 0.0)) - index.centres[columns]
+    scale, centre, _ = index.scales[columns].T
+    return scale * np.sqrt(np.maximum(squares, 0.0)) - centre
