@@ -12,10 +12,12 @@ from treadle.routing.factors import LayerFactors
 class Latents:
     """The latents of one call, in float32, each group's made when an adapter of it acts.
 
+    Scoring has z in float64, but what acts is what PEFT would compute: the same product in the same precision.
+
     Args:
         x: the layer's input.
         factors: of the layer.
-        known: every group's latent in any precision, where scoring has made them.
+        known: every group's latent, where they are not A·x but something made of it.
     """
 
     def __init__(

@@ -108,12 +108,10 @@ class RoutedLayer(nn.Module):
             decision = decide(self.factors, x, scores, self.form)
             return Choice(Mixture.of(decision.winner), latents, decision)
         if x.shape[0] == 1 and not explained and (quick := lone_winner(self.table, x, permitted)) is not None:
-            return Choice(
-                Mixture.of(torch.tensor([quick[0]], device=x.device)), Latents(x, self.factors, quick[1:]), None
-            )
+            return Choice(Mixture.of(torch.tensor([quick], device=x.device)), Latents(x, self.factors), None)
         zs = latents_of(self.table, x)
         found = leaders(self.table, zs, permitted)
-        winner, ready = found.winner, Latents(x, self.factors, zs)
+        winner, ready = found.winner, Latents(x, self.factors)
         decision = decision_of(self.table, found) if explained else None
         if found.doubtful.shape[0] == 0:
             return Choice(Mixture.of(winner), ready, decision)

@@ -307,8 +307,8 @@ def _by_grams(
 
 def lone_winner(
     table: ScoreTable, x: Float[Tensor, "1 inner"], permitted: Bool[Tensor, "1 adapters"] | None
-) -> tuple[int, Float[Tensor, "1 rank"]] | None:
-    """The winner of a single token and its z; None where `leaders` must look closer. The road of decoding.
+) -> int | None:
+    """The winner of a single token; None where `leaders` must look closer. The road of decoding.
 
     The same bounds as `leaders`, with the least number of operations: each costs more than what it computes. Only
     where all adapters share one A. (What is forbidden may lead to None here, never to another winner.)
@@ -328,11 +328,11 @@ def lone_winner(
     best, place = upper.topk(min(2, upper.shape[0]))
     high, winner = float(best[0]), int(place[0])
     if not math.isfinite(high):
-        return (BASE, z) if high == -math.inf else None
+        return BASE if high == -math.inf else None
     centre, slack = -float(table.offset[winner]), 2.0 * group.slack * (float(table.scale[winner]) * length) ** 2
     lower = math.sqrt(max(0.0, (high + centre) ** 2 - slack)) - centre
     bar = lower - 32.0 * FP32_UNIT * (abs(high) + 2.0 * table.widest) - 3.0 * TIE * max(1.0, abs(lower))
-    return (winner, z) if best.shape[0] == 1 or float(best[1]) < bar else None
+    return winner if best.shape[0] == 1 or float(best[1]) < bar else None
 
 
 def decision_of(table: ScoreTable, found: Leaders) -> Decision:
