@@ -28,7 +28,7 @@ from treadle.errors import InputError
 from treadle.routing.decision import BASE, TIE
 
 _BLOCK = 128
-_FIRST_BLOCKS = 8
+_FIRST_BLOCKS = 12
 _STRIP = 8 * _BLOCK
 _GROWTH = 8
 _FIRST_SCORED = 8
@@ -308,8 +308,8 @@ class _Walk:
 
     def reaches(self, blocks: Int[np.ndarray, " some"]) -> Float64[np.ndarray, "some 128"]:
         """u of everybody in these blocks."""
-        u = self.sizes.numpy()[blocks].astype(np.float64)
-        lines = self.index.lines[blocks]
+        u = self.sizes.numpy().take(blocks, axis=0).astype(np.float64)
+        lines = self.index.lines.take(blocks, axis=0)
         u *= u
         u += lines[:, 0] * self.length
         u += lines[:, 1]
@@ -329,7 +329,7 @@ class _Walk:
             near = self._near(u)
         columns = blocks[near // _BLOCK] * _BLOCK + near % _BLOCK
         if self.floor > -np.inf and columns.size:
-            c, h = self.index.scales[columns, 1:].T
+            _, c, h = self.index.scales.take(columns, axis=0).T
             sharper = np.where(self.floor + c >= 0.0, (h - c - self.floor) ** 2 / (2.0 * h), 0.0)
             columns = columns[~(u[near] < self.floor + sharper)]
         if columns.size:
@@ -357,7 +357,7 @@ class _Walk:
         if self.floor == -np.inf:
             return Found(BASE, -np.inf, sum(map(len, self.columns)))
         columns, value = np.concatenate(self.columns), np.concatenate(self.values)
-        scale, centre, _ = self.index.scales[columns].T
+        scale, centre, _ = self.index.scales.take(columns, axis=0).T
         root = np.sqrt(np.square(value + centre) + self.slack * np.square(scale))
         most = root - centre + _ROUNDING * (root + np.abs(centre))
         rivals = (most >= self.floor).nonzero()[0]
@@ -379,5 +379,5 @@ def stored_scores(
     Each row is summed on its own, so that no score depends on who else is asked for.
     """
     squares = (index.grams.take(columns, axis=0) * products).sum(1)
-    scale, centre, _ = index.scales[columns].T
+    scale, centre, _ = index.scales.take(columns, axis=0).T
     return scale * np.sqrt(np.maximum(squares, 0.0)) - centre
