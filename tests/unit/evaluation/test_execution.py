@@ -1,6 +1,7 @@
 """The jail: right and wrong solutions, and everything that a generated program must not be able to do."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -214,16 +215,22 @@ def test_an_interrupt_leaves_nobody_behind(tmp_path: Path) -> None:
         f"run_program({mark!r}, allow_code_execution=True, limits=Limits(seconds=60, cpu_seconds=60))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        # a shell that runs the tests in the background has them ignore interrupts, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     children: set[str] = set()
-    for _ in range(200):
+    for _ in range(600):
         children = {pid for pid, parent in parents().items() if parent == str(process.pid)}
         if any(parent in children for parent in parents().values()):
             break
         time.sleep(0.05)
     assert children
     process.send_signal(2)
-    process.wait(timeout=20)
+    process.wait(timeout=60)
     time.sleep(0.2)
     assert children.isdisjoint(parents())
 
