@@ -96,6 +96,11 @@ class AdapterBank:
         """The adapters' names, in order."""
         return tuple(adapter.name for adapter in self.adapters)
 
+    @property
+    def ignored_tokens(self) -> tuple[int, ...]:
+        """The token ids that the calibration left out, and that no prompt is scored by."""
+        return () if self.statistics is None else self.statistics.ignored_tokens
+
     def adapter(self, name: str) -> Adapter:
         """The adapter of this name.
 

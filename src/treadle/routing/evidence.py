@@ -50,9 +50,8 @@ def prompt_evidence(
     keep = torch.ones(len(bank.names), dtype=torch.bool) if mask is None else mask[0]
     if not bool(keep.any()):
         raise InputError("no adapter is permitted, so there is no evidence", remedy="permit at least one")
-    ignored = bank.statistics.ignored_tokens if bank.statistics else ()
     tallies = _read(model, input_ids, keep)
-    weight = counted(input_ids, None, ignored)[0].cpu()
+    weight = counted(input_ids, None, bank.ignored_tokens)[0].cpu()
     sums = torch.stack([tally.sums for tally in tallies.values()]).sum(0)
     counts = torch.stack([tally.counts for tally in tallies.values()]).sum(0)
     weighted = weight[:, None].double()

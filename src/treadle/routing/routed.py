@@ -218,7 +218,7 @@ class RoutedModel(nn.Module):
         return decision
 
     def _counted(self, input_ids: Tensor, attention: Tensor) -> Tensor:
-        return counted(input_ids, attention, self.bank.statistics.ignored_tokens if self.bank.statistics else ())
+        return counted(input_ids, attention, self.bank.ignored_tokens)
 
     def _mean_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The mean scores of each row over its tokens and all layers, and whether float64 settled them."""
@@ -384,7 +384,8 @@ class RoutedModel(nn.Module):
         acting = chosen.mixture.to(ids.device)
         if permitted is not None:  # a choice made under other rights does not outlive them
             acting = acting.narrowed(permitted)
-        return _Acting(permitted, acting, real.bool(), alike(acting.adapter))
+        uniform = alike(acting.adapter) and (acting.weight is None or alike(acting.weight))
+        return _Acting(permitted, acting, real.bool(), uniform)
 
     @contextlib.contextmanager
     def _during(self, task: _Acting | _Reading, ids: Tensor) -> Iterator[None]:
@@ -414,12 +415,11 @@ class RoutedModel(nn.Module):
             before = sums_of(cache) if isinstance(cache, Cache) else None
             if before is None and _cached_length(cache) > 0:
                 raise InputError("this cache holds no evidence", remedy="fill it through the routed model")
-            ignored = self.bank.statistics.ignored_tokens if self.bank.statistics else ()
             mask = counted_tokens(
                 ids if isinstance(ids, Tensor) else None,
                 attention if isinstance(attention, Tensor) else None,
                 current.batch,
-                ignored,
+                self.bank.ignored_tokens,
                 given.device,
             )
             current.evidence = EvidencePass(before or RunningSums(given.shape[0], given.device), mask)

@@ -26,7 +26,7 @@ from treadle.family.injection import inject, linear_shapes
 from treadle.routing import prompt as prompt_sums
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import PublicCalibration
-from treadle.routing.decision import BASE
+from treadle.routing.decision import BASE, Mixture
 from treadle.routing.routed import RoutedModel
 from treadle.routing.rows import left_padded
 
@@ -560,3 +560,15 @@ def test_other_threads_prompts_are_not_calibration_text(
     assert all(
         torch.equal(found.mean[module].nan_to_num(), expected.mean[module].nan_to_num()) for module in found.mean
     )
+
+
+def test_rows_of_other_weights_are_not_alike(
+    tiny_llama: LlamaForCausalLM, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The same two adapters for both rows, in other parts: a layer that cannot tell rows apart must refuse them."""
+    model = route(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), "sequence")
+    both = model.chosen(["alpha", "alpha"])
+    adapters = torch.tensor([[0, 1], [0, 1]])
+    for weight, uniform in (([[0.9, 0.1], [0.5, 0.5]], False), ([[0.9, 0.1], [0.9, 0.1]], True)):
+        decision = replace(both, together=Mixture(adapters, torch.tensor(weight)))
+        assert model._prepared(torch.tensor([[1, 2], [3, 4]]), None, None, decision).uniform is uniform
