@@ -28,7 +28,7 @@ from treadle.routing.access import Labels
 from treadle.routing.bank import Access, AdapterBank
 from treadle.routing.bank_files import kept_passages, load_bank, save_bank
 from treadle.routing.bank_versions import sweep, versions
-from treadle.routing.calibration import AnalyticCalibration, Calibration, PublicCalibration, drift
+from treadle.routing.calibration import AnalyticCalibration, Calibration, PublicCalibration, PublicText, drift
 
 
 @dataclass(frozen=True)
@@ -315,8 +315,7 @@ def store_bank(bank: AdapterBank, folder: Path, calibration: Calibration) -> Non
         InputError: the folder holds a bank of another family, or something else than a bank.
         UnavailableError: the disk refuses.
     """
-    public = isinstance(calibration, PublicCalibration | AnalyticCalibration)
-    save_bank(bank, folder, passages=calibration.texts if public else ())
+    save_bank(bank, folder, passages=calibration.texts if isinstance(calibration, PublicText) else ())
 
 
 @contextlib.contextmanager

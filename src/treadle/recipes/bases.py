@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from treadle.errors import InputError, MismatchError
 from treadle.models.catalogue import CATALOGUE
 from treadle.models.fetch import fetched_folder, is_whole
 from treadle.models.identity import BaseIdentity, identify_folder
-from treadle.models.loading import model_folder
+from treadle.models.loading import load_model, load_tokenizer, model_folder
 from treadle.progress import Progress, silent
 
 _SAY_WHERE = "say where it is with --base FOLDER, or `base` in a run's TOML"
@@ -45,6 +47,15 @@ def base_folder(identity: BaseIdentity, named: str | None = None, *, progress: P
             remedy="name the base that the family was made for",
         )
     return folder
+
+
+def loaded_base(
+    identity: BaseIdentity, named: str | None = None, *, device: str = "auto", progress: Progress = silent
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with this identity and its tokenizer; `named` and what may go wrong as in `base_folder`."""
+    place = str(base_folder(identity, named, progress=progress))
+    progress("loading the base model", 0, 0)
+    return load_model(place, device=device), load_tokenizer(place)
 
 
 def local_base(name: str) -> Path | None:

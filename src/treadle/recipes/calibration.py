@@ -9,9 +9,8 @@ from typing import Literal
 from treadle import files
 from treadle.data.public_text import field_texts, public_texts
 from treadle.errors import InputError
-from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.recipes.bases import base_folder
+from treadle.recipes.bases import loaded_base
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
 from treadle.routing.calibration import (
@@ -121,9 +120,7 @@ def calibrated(bank: AdapterBank, calibration: Calibration, base: str | None, pr
         InputError: the calibration has no usable text.
         MismatchError: another base.
     """
-    place = str(base_folder(bank.family.base, base, progress=progress))
-    progress("loading the base model", 0, 0)
-    model, tokenizer = load_model(place), load_tokenizer(place)
+    model, tokenizer = loaded_base(bank.family.base, base, progress=progress)
     return bank.calibrate(calibration, model=model, tokenizer=tokenizer, progress=progress)
 
 
@@ -142,9 +139,7 @@ def collected_traffic(
         text for file in source.sources if Path(file).suffix != _AGGREGATES for text in field_texts(file, source.field)
     ]
     if prompts:
-        place = str(base_folder(bank.family.base, base, progress=progress))
-        progress("loading the base model", 0, 0)
-        model, tokenizer = load_model(place), load_tokenizer(place)
+        model, tokenizer = loaded_base(bank.family.base, base, progress=progress)
         found.append(read_traffic(model, tokenizer, bank.layers, bank.adapters, prompts, source.tenant, progress))
     if not found:
         raise InputError("no traffic", where=f"traffic:{source.tenant}", remedy="name at least one file")

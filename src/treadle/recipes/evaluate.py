@@ -22,9 +22,8 @@ from treadle.data.tasks import Condition, Task, load_task
 from treadle.evaluation.answers import Answering, batches, correct, encoded_prompts
 from treadle.evaluation.intervals import Interval, mean_over_tasks, wilson_interval
 from treadle.family.injection import inject
-from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.recipes.bases import base_folder
+from treadle.recipes.bases import loaded_base
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
 from treadle.routing.decision import BASE
@@ -121,8 +120,7 @@ def evaluate(config: EvaluateRun, progress: Progress = silent) -> Evaluation:
         InputError: the bank, a task or its data cannot be used.
     """
     bank = load_bank(config.bank)
-    base = str(base_folder(bank.family.base, config.base, progress=progress))
-    model, tokenizer = load_model(base, device=config.device), load_tokenizer(base)
+    model, tokenizer = loaded_base(bank.family.base, config.base, device=config.device, progress=progress)
     tasks = [load_task(name) for name in config.tasks]
     evaluation = evaluate_bank(bank, model, tokenizer, tasks, config, progress)
     if config.out is not None:

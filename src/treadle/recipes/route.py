@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from treadle.errors import InputError
 from treadle.files import sha256_of
-from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.recipes.access import AccessQuestion, permitted_of
-from treadle.recipes.bases import base_folder
+from treadle.recipes.bases import loaded_base
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_present
 from treadle.routing.decision_log import LogContext, append_decision, entry_of
@@ -145,10 +144,8 @@ def route(
     bank, digest = load_present(folder)
     if asked.question is not None:
         asked = replace(asked, permitted=permitted_of(bank, asked.question).permitted)
-    place = str(base_folder(bank.family.base, asked.base, progress=progress))
-    progress("loading the base model", 0, 0)
-    tokenizer = load_tokenizer(place)
-    model = RoutedModel(load_model(place), bank, scorer=_scorer(asked, bank), granularity=asked.granularity)
+    base, tokenizer = loaded_base(bank.family.base, asked.base, progress=progress)
+    model = RoutedModel(base, bank, scorer=_scorer(asked, bank), granularity=asked.granularity)
     encoded = tokenizer(text, return_tensors="pt")
     ids: Tensor = encoded["input_ids"].to(model.model.device)
     if ids.shape[1] == 0:

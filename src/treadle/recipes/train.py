@@ -19,9 +19,8 @@ from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.files import checked_name, locked
-from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.recipes.bases import base_folder
+from treadle.recipes.bases import loaded_base
 from treadle.train.checkpoint import discard
 from treadle.train.rows import data_sha256, mixed
 from treadle.train.sft import SftResult, train_sft
@@ -58,9 +57,7 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
         raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
     family = AdapterFamily.load(config.family)
     examples = _examples(config)
-    place = str(base_folder(family.base, config.base, progress=progress))
-    progress("loading the base model", 0, 0)
-    model, tokenizer = load_model(place, device=config.device), load_tokenizer(place)
+    model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)
     checkpoints = config.out.parent / f".{config.out.name}.checkpoint"
     with _alone(config.out):
         result = train_sft(

@@ -46,12 +46,6 @@ class MatrixPool:
         self._holders = [-1] * slots
         self._clock = 0
 
-    @property
-    def held(self) -> tuple[int, ...]:
-        """The places of the adapters at hand, the one used longest ago first."""
-        order = self._used.argsort(stable=True).tolist()
-        return tuple(self._holders[slot] for slot in order if self._holders[slot] >= 0)
-
     def to(self, device: torch.device) -> "MatrixPool":
         """An equal pool on another device."""
         moved = MatrixPool(
@@ -74,8 +68,8 @@ class MatrixPool:
 
     def _fetch(self, wanted: list[int]) -> None:
         assert len(wanted) <= self.slots, "more adapters at once than slots"
-        there = {self._holders[slot] for slot in range(self.slots)}
-        keep = set(wanted) & there
+        there = set(self._holders)
+        keep = there.intersection(wanted)
         order = [slot for slot in self._used.argsort(stable=True).tolist() if self._holders[slot] not in keep]
         for adapter, slot in zip((place for place in wanted if place not in there), order, strict=False):
             if self._holders[slot] >= 0:
@@ -88,9 +82,3 @@ class MatrixPool:
             block = self.rows[slot * self.rank : (slot + 1) * self.rank]
             block[: B.shape[1]].copy_(B.T)
             block[B.shape[1] :].zero_()
-
-    def prefetch(self) -> None:
-        """Fill the slots with the adapters that won most often so far."""
-        best = self.wins.topk(min(self.slots, len(self.wins))).indices
-        with self.lock:
-            self.first_rows(best[self.wins[best] > 0])

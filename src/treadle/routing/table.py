@@ -142,8 +142,13 @@ def squares(
 ) -> tuple[Float[Tensor, "tokens members"], Float[Tensor, "tokens 1"]]:
     """‖B z‖² / (‖B‖_F² ‖z‖²) of every adapter of the group in float32, off by `slack` at most, and ‖z‖ in float64."""
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return _products(group, z, length) @ group.grams.T, length
+
+
+def _products(group: TableGroup, z: Tensor, length: Tensor) -> Tensor:
+    """φ(z/‖z‖) in float32, as `algebra.pair_products` has it, the pairs looked up once and not at each call."""
     unit = (z / torch.where(length > 0, length, 1.0)).float()
-    return (unit[:, group.pairs[0]] * unit[:, group.pairs[1]]) @ group.grams.T, length
+    return unit[:, group.pairs[0]] * unit[:, group.pairs[1]]
 
 
 def values(table: ScoreTable, x: Float[Tensor, "tokens inner"]) -> Float[Tensor, "tokens adapters"]:
@@ -224,9 +229,8 @@ def _leaders(table: ScoreTable, zs: Sequence[Tensor], permitted: Tensor | None) 
 
 def _roots(group: TableGroup, z: Tensor, length: Tensor) -> Tensor:
     """√(‖B z‖² + e‖z‖²) / ‖B‖_F of every adapter of the group, in float32: never below ‖B z‖ / ‖B‖_F."""
-    unit = (z / torch.where(length > 0, length, 1.0)).float()
     square = length.square().float()
-    products = unit[:, group.pairs[0]] * unit[:, group.pairs[1]] * square
+    products = _products(group, z, length) * square
     return torch.addmm(square * (1.001 * group.slack), products, group.grams.T).clamp_min_(0.0).sqrt_()
 
 
@@ -272,7 +276,7 @@ def settled_leaders(
     closed = (~rivals[:, -1] | (upper[:, -1] == -torch.inf) | whole) & upper[:, 0].isfinite() & found.bar.isfinite()
     told = found.doubtful[closed]
     upper, place, rivals = upper[closed], place[closed], rivals[closed] & (upper[closed] > -torch.inf)
-    value = torch.where(upper > -torch.inf, upper.double(), -torch.inf)
+    value = upper.double()
     if len(factors.groups) == 1:
         value, rivals = _by_grams(factors.groups[0], form, zs[0][told], place, value, rivals)
     for adapter in place[rivals].unique().tolist():
@@ -288,7 +292,7 @@ def _by_grams(
     group: Group, form: NormScore, z: Tensor, place: Tensor, value: Tensor, rivals: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The rivals' scores in float64 from their Grams, and who is a rival of the best even after the Grams' rounding."""
-    column = torch.full_like(form.eligible, 0, dtype=torch.long)
+    column = torch.zeros_like(form.eligible, dtype=torch.long)
     column[group.columns] = torch.arange(len(group.columns), device=z.device)
     mine = column[place]
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)

@@ -22,40 +22,26 @@ from treadle.algebra import root_moments, squared_norm_moments
 from treadle.family.adapter import Adapter
 from treadle.progress import Progress, silent
 from treadle.routing.calibration.moments import LatentMoments
+from treadle.routing.calibration.public import PublicText
 from treadle.routing.calibration.statistics import Method, Statistics
-from treadle.routing.calibration.text import Observer, check_passages, read_text
+from treadle.routing.calibration.text import Observer, read_text
 from treadle.routing.factors import LayerFactors, latent
 
 
 @dataclass(frozen=True)
-class AnalyticCalibration:
+class AnalyticCalibration(PublicText):
     """Every adapter's norms by closed form from one public text's moments of z; costs no privacy.
 
     Adding a member of the family later needs neither text nor model. A foreign adapter has latents of its own, whose
     moments the same run takes; one that is added later needs a run of its own.
 
     Reference: none; beyond arXiv 2509.18093.
-
-    Attributes:
-        texts: passages that none of the adapters' tasks were made from.
-        name: what the report calls them.
     """
-
-    texts: Sequence[str]
-    name: str = "public"
-
-    def __post_init__(self) -> None:
-        check_passages(self.texts, self.name)
 
     @property
     def method(self) -> Method:
         """How the bank's files name it."""
         return "analytic"
-
-    @property
-    def source(self) -> str:
-        """What is read."""
-        return self.name
 
 
 def latent_moments(

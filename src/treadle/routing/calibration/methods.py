@@ -11,7 +11,7 @@ from treadle.routing.calibration.analytic import AnalyticCalibration, closed_for
 from treadle.routing.calibration.moments import LatentMoments
 from treadle.routing.calibration.norms import norm_moments
 from treadle.routing.calibration.own import OwnCalibration
-from treadle.routing.calibration.public import PublicCalibration
+from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Statistics
 from treadle.routing.calibration.text import ignored_tokens, longest_passage, text_batches, texts_digest
 from treadle.routing.calibration.traffic import TrafficCalibration, read_traffic
@@ -86,7 +86,7 @@ def calibrate(
 
 
 def _shared_texts(
-    calibration: OwnCalibration | PublicCalibration | AnalyticCalibration,
+    calibration: OwnCalibration | PublicText,
     adapters: Sequence[Adapter],
     places: Sequence[int],
 ) -> dict[tuple[str, ...], list[int]]:

@@ -1,5 +1,6 @@
 """One public text for all adapters."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,8 @@ from treadle.routing.calibration.text import check_passages
 
 
 @dataclass(frozen=True)
-class PublicCalibration:
-    """Every adapter's norms over one public text; costs no privacy.
-
-    Adding an adapter costs one run of the base over the text.
+class PublicText(ABC):
+    """A calibration that reads one public text, whoever it describes; costs no privacy.
 
     Attributes:
         texts: passages that none of the adapters' tasks were made from.
@@ -25,11 +24,24 @@ class PublicCalibration:
         check_passages(self.texts, self.name)
 
     @property
+    @abstractmethod
     def method(self) -> Method:
         """How the bank's files name it."""
-        return "public"
 
     @property
     def source(self) -> str:
         """What is read."""
         return self.name
+
+
+@dataclass(frozen=True)
+class PublicCalibration(PublicText):
+    """Every adapter's norms over one public text; costs no privacy.
+
+    Adding an adapter costs one run of the base over the text.
+    """
+
+    @property
+    def method(self) -> Method:
+        """How the bank's files name it."""
+        return "public"
