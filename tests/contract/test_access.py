@@ -20,6 +20,7 @@ from treadle.routing.calibration import (
     AnalyticCalibration,
     Calibration,
     OwnCalibration,
+    PromptStatistics,
     PublicCalibration,
     TrafficCalibration,
 )
@@ -130,10 +131,18 @@ def poisoned(factors: LayerFactors, poison: float) -> LayerFactors:
 def poisoned_bank(bank: AdapterBank, poison: float) -> AdapterBank:
     layers = {module: poisoned(factors, poison) for module, factors in bank.layers.items()}
     assert bank.statistics is not None
+    prompts = bank.statistics.prompts
+    if prompts is not None:
+        changed = {
+            name: spoilt(values.mT if values.dim() > 1 else values, list(FORBIDDEN), poison)
+            for name, values in prompts.tensors().items()
+        }
+        prompts = PromptStatistics.of_tensors({k: v.mT if v.dim() > 1 else v for k, v in changed.items()})
     statistics = replace(
         bank.statistics,
         mean={module: spoilt(values, list(FORBIDDEN), poison) for module, values in bank.statistics.mean.items()},
         std={module: spoilt(values, list(FORBIDDEN), poison) for module, values in bank.statistics.std.items()},
+        prompts=prompts,
         B_digests=tuple("" if i in FORBIDDEN else digest for i, digest in enumerate(bank.statistics.B_digests)),
     )
     return replace(bank, layers=MappingProxyType(layers), statistics=statistics)
@@ -240,7 +249,7 @@ def test_an_empty_set_is_the_base_exactly(
     tiny_llama: LlamaForCausalLM,
 ) -> None:
     expected = tiny_llama(IDS).logits
-    model = RoutedModel(tiny_llama, calibrated(calibration), scorer=scorer, granularity=granularity)
+    model = RoutedModel(tiny_llama, calibrated(calibration), scorer=scorer, granularity=granularity, abstain=1.0)
     assert torch.equal(model(IDS, permitted=[set(), set()]).logits, expected)
     mixed = model(IDS, permitted=[set(), {"beta"}]).logits
     assert torch.allclose(mixed[0], expected[0], atol=1e-6)  # in one batch with a row that is served

@@ -191,28 +191,6 @@ def test_a_calibration_made_for_another_lora_B_is_refused(
         load_bank(tmp_path / "bank")
 
 
-def test_calibrating_one_adapter_leaves_the_others_bits(
-    calibration: Make, make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    texts = list(make.passages)
-    bank = build(make, tiny_llama, tiny_tokenizer, calibration(texts), ("alpha", "beta", "stranger"))
-    whole = statistics_of(bank)
-    marked = {module: values * torch.tensor([3.0, 1.0, 3.0]).double() for module, values in whole.mean.items()}
-    blank = {module: torch.where(torch.arange(3) == 1, torch.nan, values) for module, values in marked.items()}
-    waiting = bank.with_statistics(replace(whole, mean=blank, B_digests=(whole.B_digests[0], "", whole.B_digests[2])))
-    found = statistics_of(
-        waiting.calibrate(calibration(texts), model=tiny_llama, tokenizer=tiny_tokenizer, only=["beta"])
-    )
-    expected = replace(whole, mean=marked)
-    for place in range(3):
-        assert_same_row(found, place, expected, place)
-    assert found.B_digests == whole.B_digests
-    with pytest.raises(MismatchError, match="the other adapters were calibrated by"):
-        bank.calibrate(
-            PublicCalibration(["the film"], name="other"), model=tiny_llama, tokenizer=tiny_tokenizer, only=["beta"]
-        )
-
-
 def test_a_folder_keeps_all_of_it(
     calibration: Make,
     make: SimpleNamespace,

@@ -14,6 +14,7 @@ from treadle.errors import InputError, MismatchError
 from treadle.family.injection import inject
 from treadle.models.identity import BaseIdentity
 from treadle.routing.bank import AdapterBank
+from treadle.routing.calibration import PromptStatistics
 from treadle.routing.decision import BASE
 from treadle.routing.routed import RoutedModel
 from treadle.routing.scorers import SCORERS, Scorer
@@ -21,6 +22,9 @@ from treadle.routing.scorers.fixed import fixed
 from treadle.routing.scorers.linear import LinearRouter, linear
 
 PROMPTS = [[1, 40, 41, 42, 43, 44, 45], [1, 60, 61], [1, 80, 81, 82, 83]]
+SURE = {
+    "abstain": 1.0
+}  # random adapters know nothing; when the base takes over is tests/unit/routing/test_abstention.py's
 OF_LAYERS = [name for name, scorer in SCORERS.items() if scorer.prompt is None]
 OF_PROMPTS = [name for name, scorer in SCORERS.items() if scorer.prompt is not None]
 ASKED = [
@@ -81,7 +85,7 @@ def route(base: LlamaForCausalLM, bank: AdapterBank) -> Iterator[Route]:
     made: list[RoutedModel] = []
 
     def routed(name: str, granularity: str, *, of: AdapterBank = bank, **settings: Any) -> RoutedModel:
-        made.append(RoutedModel(base, of, scorer=scorer_named(name, of), granularity=granularity, **settings))
+        made.append(RoutedModel(base, of, scorer=scorer_named(name, of), granularity=granularity, **SURE, **settings))
         return made[-1]
 
     yield routed
@@ -138,6 +142,9 @@ def test_the_order_of_the_bank_changes_nothing(name: str, granularity: str, bank
     assert bank.statistics is not None
     moved = {part: {m: v[list(order)] for m, v in getattr(bank.statistics, part).items()} for part in ("mean", "std")}
     digests = tuple(bank.statistics.B_digests[i] for i in order)
+    assert bank.statistics.prompts is not None
+    prompts = {part: values[..., list(order)] for part, values in bank.statistics.prompts.tensors().items()}
+    moved["prompts"] = PromptStatistics.of_tensors(prompts)
     turned = turned.with_statistics(replace(bank.statistics, **moved, B_digests=digests))
     ids, mask = padded()
     first = logits(route(name, granularity), ids, mask)
@@ -150,7 +157,7 @@ def test_models_in_bfloat16_are_served(name: str, granularity: str, base: LlamaF
     half = copy.deepcopy(base).to(torch.bfloat16)
     ids, mask = padded()
     plain = logits(half, ids, mask)
-    model = RoutedModel(half, bank, scorer=scorer_named(name, bank), granularity=granularity)
+    model = RoutedModel(half, bank, scorer=scorer_named(name, bank), granularity=granularity, **SURE)
     found = logits(model, ids, mask)
     assert found.dtype == torch.bfloat16
     assert bool(found[mask.bool()].isfinite().all())

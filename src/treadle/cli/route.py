@@ -23,8 +23,17 @@ def route_command(
         typer.Option(help="One adapter a prompt, a token and layer, a block, or by the evidence so far."),
     ] = "sequence",
     scorer: Annotated[
-        ScorerName, typer.Option(help="How adapters are compared; arrow, spectr and mean let several act.")
-    ] = "seqr",
+        ScorerName | None,
+        typer.Option(
+            help="How adapters are compared; whitened, or seqr where the calibration knows no public prompts."
+        ),
+    ] = None,
+    abstain: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Leave prompts to the base if this share of public text scores as high; 1: none."
+        ),
+    ] = 0.5,
     router: Annotated[
         Path | None, typer.Option("--router", metavar="DIR", help="The trained router that the scorer linear needs.")
     ] = None,
@@ -60,7 +69,9 @@ def route_command(
         raise InputError("--policy needs --caller, and --caller and --label need it", remedy="give both or neither")
     permitted = frozenset(permit or ()) if permit or permit_none else None
     question = None if policy is None or caller is None else AccessQuestion(policy, caller, tuple(label or ()))
-    settings = RouteSettings(scorer, granularity, permitted, max_new_tokens, compare_base, base, question, log, router)
+    settings = RouteSettings(
+        scorer, granularity, permitted, max_new_tokens, compare_base, base, question, log, router, abstain
+    )
     with working() as progress:
         result = route(bank, text, settings, progress=progress)
     if html is not None:

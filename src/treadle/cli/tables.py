@@ -137,13 +137,19 @@ def show_route(result: RouteResult, *, json: bool) -> None:
 
 def _show_choice(result: RouteResult, choice: Choice) -> None:
     if choice.winner is None:
-        say("chosen: the base model (no permitted adapter has a score)")
+        why = "no permitted adapter has a score"
+        if choice.runner_up is not None and choice.chance is not None:
+            why = (
+                f"{choice.chance:.0%} of public text scores as high as {choice.runner_up}; --abstain 1 would choose it"
+            )
+        say(f"chosen: the base model ({why})")
         return
     last = next((token.running for token in reversed(result.tokens) if token.counted), {})
     ranked = sorted(last.items(), key=lambda item: -item[1])
     print_table("mean score over the prompt", ("adapter", "score"), ranked)
     behind = f", {choice.margin:.3f} ahead of {choice.runner_up}" if choice.runner_up else ""
-    say(f"chosen: {choice.winner}{behind}")
+    rare = "" if choice.chance is None else f"; {choice.chance:.1%} of public text scores as high"
+    say(f"chosen: {choice.winner}{behind}{rare}")
 
 
 def _shares(shares: Mapping[str | None, float]) -> str:

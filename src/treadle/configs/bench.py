@@ -1,9 +1,14 @@
 """The TOML files in `benchmarks/`: one a benchmark, settings that were written down before it ran."""
 
+from pathlib import Path
+from typing import Literal
+
 from pydantic import Field, model_validator
 
+from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.configs.toml import RunConfig
+from treadle.data.tasks import Condition
 from treadle.routing.routed import Granularity
 
 
@@ -113,6 +118,62 @@ class RoutingContinualRun(RunConfig):
         if self.updated not in self.fleet.tasks:
             raise ValueError(f"updated is {self.updated!r}, which is none of fleet.tasks")
         return self
+
+
+class ArmGroup(RunConfig):
+    """Ways of answering that are run together and recorded as one run.
+
+    Attributes:
+        name: of the group.
+        arms: as `treadle eval` spells them.
+        calibration: of the bank that they route with: the fleet's public text, or the adapters' own training prompts.
+        absent: whether each task is asked of a bank without its own adapter.
+    """
+
+    name: str
+    arms: tuple[str, ...] = Field(min_length=1)
+    calibration: Literal["public", "own"] = "public"
+    absent: bool = False
+
+
+class RoutingQualityRun(RunConfig):
+    """`routing-quality`.
+
+    Attributes:
+        seeds: one fleet each: A, training and the order of examples.
+        tasks: that have an adapter in the bank.
+        asked: those of them that are evaluated.
+        limit: test prompts a task and condition.
+        conditions: forms of the prompts.
+        least_gain: the reference must beat the base by so much in the trained form, else the task does not count.
+        resamples: of the paired bootstrap over prompts and seeds.
+        groups: the arms.
+        fleet: how fleets are grown.
+    """
+
+    seeds: tuple[int, ...] = Field(min_length=3)
+    tasks: tuple[str, ...] = Field(min_length=2)
+    asked: tuple[str, ...] = Field(min_length=2)
+    limit: int = Field(ge=1)
+    conditions: tuple[Condition, ...] = Field(min_length=1)
+    least_gain: float
+    resamples: int = Field(ge=100)
+    groups: tuple[ArmGroup, ...] = Field(min_length=1)
+    fleet: FleetSettings
+
+    def questions(self, group: ArmGroup, seed: int, *, data: Path | None, router: Path | None) -> EvaluateRun:
+        """What is asked of one group."""
+        return EvaluateRun(
+            bank=Path(),
+            tasks=self.asked,
+            data=data,
+            conditions=self.conditions,
+            limit=self.limit,
+            seed=seed,
+            few_shot=False,
+            arms=group.arms,
+            router=router,
+        )
 
 
 class RoutingLargeRun(RunConfig):

@@ -21,6 +21,9 @@ UNROUTED = ("base", "alone", "oracle")
 ROUTER = "linear"
 """The scorer that has to be trained."""
 
+DEFAULT = "default"
+"""The scorer that a routed model takes unless it is told."""
+
 
 @dataclass(frozen=True)
 class RoutedArm:
@@ -37,12 +40,12 @@ class RoutedArm:
 
 _SHORT: Mapping[str, RoutedArm] = {
     "token": RoutedArm("seqr", "token"),
-    "sequence": RoutedArm("seqr", "sequence"),
+    "sequence": RoutedArm(DEFAULT, "sequence"),
 }
 
 
 def routed_arm(arm: str) -> RoutedArm:
-    """What SCORER, SCORER:GRANULARITY, or one of the short names `token` and `sequence` (SEQR's) means.
+    """What SCORER, SCORER:GRANULARITY, or one of the short names means: `token`, the article's, and `sequence`, ours.
 
     Without a granularity, scorers of prompts choose by `sequence`, the others by `token`, as their articles do.
 
@@ -75,7 +78,7 @@ class EvaluateRun(RunConfig):
         seed: which of them.
         few_shot: whether the base also answers with solved examples before the prompt.
         arms: which ways of answering: "base"; "alone", every adapter by itself; "oracle"; a scorer, or
-            SCORER:GRANULARITY; "token" and "sequence" are SEQR's.
+            SCORER:GRANULARITY; "token" is the article's, "sequence" what a routed model does by default.
         live: whether `sequence` runs the routed model, rather than injecting the adapter that was chosen (equal by
             law, and tested).
         router: where the router of the arm "linear" is kept: read if it is there, else fitted and written.

@@ -17,13 +17,14 @@ class FleetSettings(RunConfig):
         seed: of the probe's noise, the family's A and the order of examples.
         mean_rank: the budget is what a uniform plan of this rank has in parameters.
         max_rank: no module gets more.
+        uniform: give every module `mean_rank` and do not probe.
         probe_texts: passages of public text that the probe reads.
         probe_words: words a passage.
         probe: how the probe perturbs.
         examples: training examples a task, before the token budget cuts them; None for all.
         bare_share: share of the training examples shown without their instruction.
         sft: of every adapter; its seed is `seed`.
-        calibration_texts: passages of public text that the bank is calibrated on.
+        calibration_texts: passages of public text, framed as prompts, that the bank is calibrated on.
         calibration_words: words a passage.
         public: whether the tasks' data may be known; only then do the adapters carry a digest of them.
         device: "auto", "cpu", "cuda", …
@@ -33,14 +34,15 @@ class FleetSettings(RunConfig):
     seed: int = 0
     mean_rank: int = Field(default=8, ge=1)
     max_rank: int = Field(default=32, ge=1)
+    uniform: bool = False
     probe_texts: int = Field(default=4, ge=1)
     probe_words: int = Field(default=24, ge=1)
     probe: PerturbationSettings = PerturbationSettings(trials=1)
     examples: int | None = Field(default=None, ge=1)
     bare_share: float = Field(default=0.5, ge=0.0, le=1.0)
     sft: SftSettings = SftSettings(max_tokens=15_000)
-    calibration_texts: int = Field(default=64, ge=1)
-    calibration_words: int = Field(default=60, ge=1)
+    calibration_texts: int = Field(default=256, ge=1)
+    calibration_words: int = Field(default=20, ge=1)
     public: bool = False
     device: str = "auto"
 

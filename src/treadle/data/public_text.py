@@ -15,6 +15,22 @@ from treadle.errors import FormatError, InputError
 GRAM = 8
 """How many words in a row count as copied."""
 
+FORMS = (
+    "{}",
+    "Text: {}\nAnswer:",
+    "Question: {}\nAnswer:",
+    "{}\n\nSummary:",
+    "Input: {}\nOutput:",
+    "Read the following and respond.\n\n{}\n\nResponse:",
+    "Instruction: rewrite this.\n{}\nResult:",
+    "Q: {}\nA:",
+    "Below is a passage.\n{}\nWhat is it about?",
+    "Document: {}\nLabel:",
+    "User: {}\nAssistant:",
+    "Classify: {} =>",
+)
+"""What requests look like around their content, whatever they ask for; no task's own wording."""
+
 _MARKUP = re.compile(r"[*=\-~^\"']{3,}")
 
 
@@ -55,8 +71,26 @@ def public_texts(
         raise FormatError(
             "holds no passage of text", where=source, remedy="give a longer text or fewer words a passage"
         )
-    chosen = tuple(passages[:limit])
-    return PublicText(chosen, source, hashlib.sha256(json.dumps(chosen).encode()).hexdigest())
+    return _public(tuple(passages[:limit]), source)
+
+
+def _public(passages: tuple[str, ...], source: str) -> PublicText:
+    return PublicText(passages, source, hashlib.sha256(json.dumps(passages).encode()).hexdigest())
+
+
+def public_prompts(
+    source: str = "pydoc", *, limit: int = 256, words: int = 20, seed: int = 0, field: str = "text"
+) -> PublicText:
+    """Passages of `public_texts`, framed like requests to a language model: `FORMS` take turns.
+
+    What the scores of prompts are measured against should look like a prompt: a frame alone moves norms.
+
+    Raises:
+        InputError, FormatError: see `public_texts`.
+    """
+    text = public_texts(source, limit=limit, words=words, seed=seed, field=field)
+    framed = (FORMS[place % len(FORMS)].replace("{}", passage) for place, passage in enumerate(text.passages))
+    return _public(tuple(framed), source)
 
 
 def overlap(public: Iterable[str], examples: Iterable[str]) -> float:

@@ -5,7 +5,7 @@ for each task and condition:
     alone:NAME              one adapter everywhere
     SCORER:GRANULARITY      who acts is chosen by a scorer, as often as the granularity says
     token                   SEQR as published: z-scored argmax a token and layer
-    sequence                one adapter a prompt, by SEQR's mean z-score
+    sequence                one adapter a prompt, by the scorer that a routed model takes by default
     oracle                  the task's own adapter alone
 """
 
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.configs.evaluate import ROUTER, UNROUTED, EvaluateRun, routed_arm
+from treadle.configs.evaluate import DEFAULT, ROUTER, UNROUTED, EvaluateRun, routed_arm
 from treadle.data.prompts import Example
 from treadle.data.tasks import Condition, Task, load_task
 from treadle.evaluation.answers import Answering, batches, correct, encoded_prompts
@@ -27,7 +27,7 @@ from treadle.recipes.bases import loaded_base
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
 from treadle.routing.decision import BASE
-from treadle.routing.routed import Granularity, RoutedModel
+from treadle.routing.routed import Granularity, RoutedModel, default_scorer
 from treadle.routing.scorers import Scorer, scorer_of
 from treadle.routing.scorers.linear import LinearRouter, fit, linear
 
@@ -113,6 +113,19 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What was answered rightly, prompt by prompt.
+
+    Attributes:
+        verdicts: (task, condition) → arm → whether each prompt was.
+        chosen: (task, condition) → arm that chooses one adapter a prompt → its places in the bank, `BASE` for none.
+    """
+
+    verdicts: Mapping[tuple[str, str], Mapping[str, list[bool]]]
+    chosen: Mapping[tuple[str, str], Mapping[str, list[int]]]
+
+
 def evaluate(config: EvaluateRun, progress: Progress = silent) -> Evaluation:
     """The table of the configured tasks on the configured bank; written to `out` if one is named.
 
@@ -137,35 +150,50 @@ def evaluate_bank(
     progress: Progress = silent,
 ) -> Evaluation:
     """The table for a bank and a model that are already open."""
-    cells: list[tuple[Task, Condition]] = [(task, form) for task in tasks for form in config.conditions]
-    verdicts: dict[tuple[str, str], dict[str, list[bool]]] = {}
-    routing: list[RoutingRow] = []
-    scorers = _scorers(bank, model, tokenizer, tasks, config, progress)
-    few_shot = config.few_shot and "few-shot" not in config.conditions
-    steps = len(cells) + len(tasks) * few_shot
-    for done, (task, condition) in enumerate(cells):
-        examples = asked_examples(task, condition, config)
-        bench = _Bench(bank, model, tokenizer, task, examples, config, scorers)
-
-        def told(arm: str, *, at: int = done, name: str = f"{task.name} ({condition})") -> None:
-            progress(f"{name}: {arm}", at, steps)
-
-        found, chosen = bench.verdicts(told)
-        verdicts[task.name, condition] = found
-        routing += [_routing_row(bank, task, condition, places, arm) for arm, places in chosen.items()]
-    if few_shot:
-        for done, task in enumerate(tasks):
-            progress(f"{task.name} (few-shot): base", len(cells) + done, steps)
-            bench = _Bench(bank, model, tokenizer, task, asked_examples(task, "few-shot", config), config, scorers)
-            verdicts[task.name, "few-shot"] = {"base": bench.plain()}
-    progress("evaluated", steps, steps)
+    answers = answers_of_bank(bank, model, tokenizer, tasks, config, progress)
+    routing = [
+        _routing_row(bank, task, condition, places, arm)
+        for (task, condition), arms in answers.chosen.items()
+        for arm, places in arms.items()
+    ]
     settings = config.model_dump(mode="json", exclude={"bank", "base", "data", "out", "router"}) | {
         "base": asdict(bank.family.base),
         "family": bank.family.fingerprint,
         "adapters": list(bank.names),
         "calibration": bank.statistics.source if bank.statistics else None,
     }
-    return Evaluation(_rows(verdicts), tuple(routing), settings)
+    return Evaluation(_rows(answers.verdicts), tuple(routing), settings)
+
+
+def answers_of_bank(
+    bank: AdapterBank,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    config: EvaluateRun,
+    progress: Progress = silent,
+) -> Answers:
+    """Every arm's answers, for a bank and a model that are already open."""
+    cells: list[tuple[Task, Condition]] = [(task, form) for task in tasks for form in config.conditions]
+    verdicts: dict[tuple[str, str], Mapping[str, list[bool]]] = {}
+    chosen: dict[tuple[str, str], Mapping[str, list[int]]] = {}
+    scorers = _scorers(bank, model, tokenizer, tasks, config, progress)
+    few_shot = config.few_shot and "few-shot" not in config.conditions
+    steps = len(cells) + len(tasks) * few_shot
+    for done, (task, condition) in enumerate(cells):
+        bench = _Bench(bank, model, tokenizer, task, asked_examples(task, condition, config), config, scorers)
+
+        def told(arm: str, *, at: int = done, name: str = f"{task.name} ({condition})") -> None:
+            progress(f"{name}: {arm}", at, steps)
+
+        verdicts[task.name, condition], chosen[task.name, condition] = bench.verdicts(told)
+    if few_shot:
+        for done, task in enumerate(tasks):
+            progress(f"{task.name} (few-shot): base", len(cells) + done, steps)
+            bench = _Bench(bank, model, tokenizer, task, asked_examples(task, "few-shot", config), config, scorers)
+            verdicts[task.name, "few-shot"] = {"base": bench.plain()}
+    progress("evaluated", steps, steps)
+    return Answers(verdicts, chosen)
 
 
 def asked_examples(task: Task, condition: Condition, config: EvaluateRun) -> list[Example]:
@@ -188,10 +216,17 @@ def _scorers(
 ) -> dict[str, Scorer]:
     """The scorers of the run's arms by name; those that need a calibration are left out where there is none."""
     names = {routed_arm(arm).scorer for arm in config.arms if arm not in UNROUTED}
-    found = {name: scorer_of(name) for name in names - {ROUTER}}
+    found = {name: scorer_of(name) for name in names - {ROUTER, DEFAULT}}
+    if DEFAULT in names:
+        found[DEFAULT] = default_scorer(bank)
     if ROUTER in names:
         found[ROUTER] = linear(_router(bank, model, tokenizer, tasks, config, progress), bank)
-    return {name: scorer for name, scorer in found.items() if bank.statistics is not None or not scorer.calibrated}
+    prompts = bank.statistics is not None and bank.statistics.prompts is not None
+    return {
+        name: scorer
+        for name, scorer in found.items()
+        if (bank.statistics is not None or not scorer.calibrated) and (prompts or not scorer.weighs_layers)
+    }
 
 
 def _router(
@@ -316,7 +351,7 @@ def choices(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    scorer: str | Scorer = "seqr",
+    scorer: str | Scorer | None = None,
 ) -> list[int]:
     """The place of the adapter that `sequence` chooses for each prompt, `BASE` for none."""
     routed = RoutedModel(model, bank, scorer=scorer, granularity="sequence")
@@ -333,11 +368,11 @@ def choices(
     return chosen
 
 
-def _routing_row(bank: AdapterBank, task: Task, condition: str, chosen: Sequence[int], arm: str) -> RoutingRow:
+def _routing_row(bank: AdapterBank, task: str, condition: str, chosen: Sequence[int], arm: str) -> RoutingRow:
     names = ["base" if place == BASE else bank.names[place] for place in chosen]
     count = len(names)
     shares = {name: names.count(name) / count for name in (*bank.names, "base")} if count else {}
-    return RoutingRow(task.name, condition, shares.get(task.name), shares, count, arm)
+    return RoutingRow(task, condition, shares.get(task), shares, count, arm)
 
 
 def _rows(verdicts: Mapping[tuple[str, str], Mapping[str, Sequence[bool]]]) -> tuple[EvaluationRow, ...]:

@@ -20,6 +20,7 @@ from treadle.data.tasks import Task, load_task
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
+from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
@@ -102,6 +103,10 @@ def _plan(config: FleetRun, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     path = config.out / PLAN
     if path.exists():
         return RankPlan.load(path)
+    if config.uniform:
+        plan = RankPlan.uniform(linear_shapes(model), rank=config.mean_rank)
+        plan.save(path)
+        return plan
     asked = PlanRun(
         base=config.base,
         out=config.out,

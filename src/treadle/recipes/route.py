@@ -14,6 +14,7 @@ from treadle.files import sha256_of
 from treadle.progress import Progress, silent
 from treadle.recipes.access import AccessQuestion, permitted_of
 from treadle.recipes.bases import loaded_base
+from treadle.routing.abstention import LEVEL
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_present
 from treadle.routing.decision_log import LogContext, append_decision, entry_of
@@ -29,7 +30,7 @@ class RouteSettings:
     """How a prompt is routed.
 
     Attributes:
-        scorer: one of `treadle.routing.scorers.SCORERS`, or "linear".
+        scorer: one of `treadle.routing.scorers.SCORERS`, or "linear"; None for the routed model's default.
         granularity: how often it chooses, see `RoutedModel`.
         permitted: the adapters that the caller may use; None permits all, an empty set leaves the base.
         max_new_tokens: how far to continue the prompt, greedily; 0 does not.
@@ -38,9 +39,10 @@ class RouteSettings:
         question: lets a policy say which adapters are permitted; None leaves it to `permitted`.
         log: the operator's file of decisions, to which this one is added.
         router: the folder of the trained router that "linear" is.
+        abstain: see `RoutedModel`.
     """
 
-    scorer: str = "seqr"
+    scorer: str | None = None
     granularity: Granularity = "sequence"
     permitted: frozenset[str] | None = None
     max_new_tokens: int = 32
@@ -49,15 +51,24 @@ class RouteSettings:
     question: AccessQuestion | None = None
     log: Path | None = None
     router: Path | None = None
+    abstain: float = LEVEL
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The one adapter that `sequence` chose; None is the base model."""
+    """The one adapter that `sequence` chose.
+
+    Attributes:
+        winner: None is the base model.
+        runner_up: the permitted adapter that came next, or would have acted if the base had not.
+        margin: between the two adapters.
+        chance: that public text scores as high (`abstention`); None where the scorer does not ask.
+    """
 
     winner: str | None
     runner_up: str | None
     margin: float
+    chance: float | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ def route(
     if asked.question is not None:
         asked = replace(asked, permitted=permitted_of(bank, asked.question).permitted)
     base, tokenizer = loaded_base(bank.family.base, asked.base, progress=progress)
-    model = RoutedModel(base, bank, scorer=_scorer(asked, bank), granularity=asked.granularity)
+    model = RoutedModel(base, bank, scorer=_scorer(asked, bank), granularity=asked.granularity, abstain=asked.abstain)
     encoded = tokenizer(text, return_tensors="pt")
     ids: Tensor = encoded["input_ids"].to(model.model.device)
     if ids.shape[1] == 0:
@@ -158,14 +169,14 @@ def route(
     said, plain = _continuations(model, tokenizer, ids, asked, progress)
     adapters = tuple(n for n in bank.names if asked.permitted is None or n in asked.permitted)
     # A mean of all adapters has nothing to choose by sequence; policy and log are the operator's.
-    used = replace(asked, granularity=model.granularity, question=None, log=None, router=None)
+    used = replace(asked, scorer=model.scorer.name, granularity=model.granularity, question=None, log=None, router=None)
     return RouteResult(
         folder.resolve().name, bank.family.base.name, text, used, adapters, choice, tokens, layers, said, plain
     )
 
 
-def _scorer(asked: RouteSettings, bank: AdapterBank) -> str | Scorer:
-    """The scorer by name, or the trained one."""
+def _scorer(asked: RouteSettings, bank: AdapterBank) -> str | Scorer | None:
+    """The scorer by name, or the trained one; None for the default."""
     if (asked.scorer == "linear") != (asked.router is not None):
         raise InputError("scorer 'linear' and a router belong together", remedy="give both or neither")
     return asked.scorer if asked.router is None else linear(LinearRouter.load(asked.router), bank)
@@ -197,7 +208,8 @@ def _routing(
     winner, runner_up = (
         None if place < 0 else names[place] for place in (int(decision.winner), int(decision.runner_up))
     )
-    choice = Choice(winner, runner_up, float(decision.margin))
+    chance = None if decision.chance is None else float(decision.chance)
+    choice = Choice(winner, runner_up, float(decision.margin), chance)
     if model.scorer.prompt is not None or (asked.permitted is not None and not asked.permitted):
         return tuple(TokenRow(piece, True, None) for piece in pieces), (), choice
     return *_by_evidence(prompt_evidence(model, ids, permitted=asked.permitted), pieces), choice

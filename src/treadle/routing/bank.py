@@ -1,6 +1,6 @@
 """The adapter bank: a library of adapters with what routing needs of them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -118,7 +118,6 @@ class AdapterBank:
         *,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        only: Collection[str] | None = None,
         progress: Progress = silent,
     ) -> "AdapterBank":
         """A bank with statistics from this calibration; this one stays as it is.
@@ -127,20 +126,17 @@ class AdapterBank:
             calibration: where the statistics come from.
             model: the base, loaded by the family's base name if None.
             tokenizer: the base's, likewise.
-            only: the adapters to describe, None for all; the statistics of the others keep every bit.
             progress: told of every batch.
 
         Raises:
-            InputError: the calibration has no usable text, or `only` names an adapter that is not in the bank.
-            MismatchError: the model lacks a layer that an adapter changes, or the others were calibrated otherwise.
+            InputError: the calibration has no usable text.
+            MismatchError: the model lacks a layer that an adapter changes.
         """
-        places = None if only is None else [self.names.index(self.adapter(name).name) for name in only]
         model = model or load_model(self.family.base.name)
         tokenizer = tokenizer or load_tokenizer(self.family.base.name)
-        found = calibrate(model, tokenizer, self.layers, self.adapters, calibration, only=only, progress=progress)
-        if places is not None and self.statistics is not None:
-            found = self.statistics.patched(found, places)
-        return self.with_statistics(found)
+        return self.with_statistics(
+            calibrate(model, tokenizer, self.layers, self.adapters, calibration, progress=progress)
+        )
 
     def with_statistics(self, statistics: Statistics) -> "AdapterBank":
         """A bank with these statistics.

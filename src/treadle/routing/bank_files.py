@@ -33,7 +33,7 @@ from treadle.models.identity import BaseIdentity
 from treadle.routing.access import Labels, checked_labels
 from treadle.routing.bank import Access, AdapterBank
 from treadle.routing.bank_versions import METADATA, archive, bank_digest, metadata_of, number_of, sweep
-from treadle.routing.calibration import LatentMoments, Method, Statistics
+from treadle.routing.calibration import LatentMoments, Method, PromptStatistics, Statistics
 from treadle.routing.factors import Group, LayerFactors, assemble, grouped
 
 FORMAT = "treadle.bank/2"
@@ -184,6 +184,8 @@ def _factor_tensors(bank: AdapterBank) -> dict[str, Tensor]:
 def _write_statistics(folder: Path, statistics: Statistics) -> dict[str, object]:
     tensors = {f"mean/{module}": v for module, v in statistics.mean.items()}
     tensors |= {f"std/{module}": v for module, v in statistics.std.items()}
+    if statistics.prompts is not None:
+        tensors |= {f"prompts/{name}": values for name, values in statistics.prompts.tensors().items()}
     for module, moments in statistics.moments.items():
         tensors |= {f"moments/{module}/mean": moments.mean, f"moments/{module}/scatter": moments.scatter}
         tensors[f"moments/{module}/count"] = torch.tensor(moments.count)
@@ -322,7 +324,7 @@ def _open_layer(module: str, adapters: tuple[Adapter, ...], tensors: Mapping[str
 def _open_statistics(folder: Path, row: Mapping[str, object], bank: AdapterBank) -> Statistics:
     try:
         tensors = _read_checked(files.contained(folder, str(row["file"])))
-        if any(tensor.shape != (len(bank.adapters),) for key, tensor in tensors.items() if key[:7] != "moments"):
+        if any(tensor.shape[-1:] != (len(bank.adapters),) for key, tensor in tensors.items() if key[:7] != "moments"):
             raise FormatError("calibrated for other adapters", where=folder / METADATA, remedy="calibrate again")
         if row["method"] not in get_args(Method):
             raise FormatError(f"no such method {row['method']!r}", where=folder / METADATA, remedy="calibrate again")
@@ -336,10 +338,16 @@ def _open_statistics(folder: Path, row: Mapping[str, object], bank: AdapterBank)
             tuple(cast("list[int]", row["ignored_tokens"])),
             tuple(cast("list[str]", row["folded_B_sha256"])),
             _open_moments(tensors),
+            _open_prompts(tensors),
             str(row["date"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"calibration lacks {error}", where=folder / METADATA, remedy="calibrate again") from error
+
+
+def _open_prompts(tensors: Mapping[str, Tensor]) -> PromptStatistics | None:
+    found = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith("prompts/")}
+    return PromptStatistics.of_tensors(found) if found else None
 
 
 def _open_moments(tensors: Mapping[str, Tensor]) -> dict[str, LatentMoments]:

@@ -69,6 +69,7 @@ class Decision:
         margin: winner's score minus the runner-up's, 0 where there is no runner-up.
         rescored: whether float64 settled it.
         together: who acts, where more than the winner may.
+        chance: of the winner's score among public prompts, see `abstention`; None where nobody asked.
     """
 
     winner: Int[Tensor, " tokens"]
@@ -76,6 +77,7 @@ class Decision:
     margin: Float[Tensor, " tokens"]
     rescored: Bool[Tensor, " tokens"]
     together: Mixture | None = None
+    chance: Float[Tensor, " tokens"] | None = None
 
     @property
     def mixture(self) -> Mixture:
@@ -107,6 +109,7 @@ class Decision:
             self.margin.repeat_interleave(times),
             self.rescored.repeat_interleave(times),
             None if self.together is None else self.together.repeated(times),
+            None if self.chance is None else self.chance.repeat_interleave(times),
         )
 
 

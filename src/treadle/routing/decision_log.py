@@ -33,6 +33,7 @@ class DecisionEntry:
         choice: the adapter that acted on the whole request, None for the base or where each token had its own.
         runner_up: the permitted adapter that came next, likewise.
         margin: between the two; None where each token had its own.
+        chance: of the best score among public prompts (`abstention`), where the scorer asks for it.
         shares: adapter → share of the decisions that it won; "base" is the base alone.
         decisions: how many that were.
         permitted: how many adapters the caller might use.
@@ -48,6 +49,7 @@ class DecisionEntry:
     choice: str | None
     runner_up: str | None
     margin: float | None
+    chance: float | None
     shares: Mapping[str, float]
     decisions: int
     permitted: int
@@ -138,6 +140,7 @@ def entry_of(
         None if choice is None else trace.name(int(choice.winner[row])),
         None if choice is None else trace.name(int(choice.runner_up[row])),
         None if choice is None else float(choice.margin[row]),
+        None if choice is None or choice.chance is None else float(choice.chance[row]),
         {name or "base": share for name, share in trace.shares(row).items()},
         len(winners) if choice is None else 1,
         allowed,

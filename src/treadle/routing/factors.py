@@ -69,7 +69,7 @@ class LayerFactors:
     @property
     def eligible(self) -> Bool[Tensor, " adapters"]:
         """Which adapters have a z-score here: present, calibrated and trained (a zero B has no spread)."""
-        return self.present & (self.mean > 0) & (self.std > _RELATIVE_FLOOR * self.mean)
+        return self.present & has_spread(self.mean, self.std)
 
     def to(self, device: torch.device) -> "LayerFactors":
         """The same factors on another device; the dtypes stay."""
@@ -96,6 +96,11 @@ class LayerFactors:
         """The group of the adapter at this place in the bank, None if it lacks this layer."""
         place = self.group_places.get(adapter)
         return None if place is None else self.groups[place]
+
+
+def has_spread(mean: Float[Tensor, "*some"], std: Float[Tensor, "*some"]) -> Bool[Tensor, "*some"]:
+    """Whether norms of this mean and deviation can be told from their mean; where they are NaN, they cannot."""
+    return (mean > 0) & (std > _RELATIVE_FLOOR * mean)
 
 
 def build_factors(module: str, adapters: Sequence[Adapter]) -> LayerFactors:

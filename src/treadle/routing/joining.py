@@ -3,7 +3,7 @@
 Nothing is computed here: an adapter's factors are made once, by `build_factors`, and move from bank to bank.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treadle.family.adapter import Adapter
 from treadle.routing.calibration import Statistics
+from treadle.routing.calibration.prompts import joined as joined_prompts
 from treadle.routing.factors import Group, LayerFactors, assemble, grouped
 
 
@@ -78,6 +79,7 @@ def joined_statistics(
         return None
     starts = [sum(sizes[:source]) for source in range(len(sizes))]
     order = torch.tensor([starts[pick.source] + pick.place for pick in picks])
+    names = list(modules)
     known = [source if source is not None and first.alike(source) else None for source in sources]
 
     def columns(values: Sequence[Mapping[str, Tensor]], module: str) -> Tensor:
@@ -87,13 +89,16 @@ def joined_statistics(
         ]
         return torch.cat(parts)[order]
 
-    means = [{} if source is None else source.mean for source in known]
-    stds = [{} if source is None else source.std for source in known]
+    def joined(values: Callable[[Statistics], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        parts = [{} if source is None else values(source) for source in known]
+        return {module: columns(parts, module) for module in names}
+
     digests = [("",) * size if source is None else source.B_digests for source, size in zip(known, sizes, strict=True)]
-    names = list(modules)
+    prompts = [None if source is None else source.prompts for source in known]
     return replace(
         first,
-        mean={module: columns(means, module) for module in names},
-        std={module: columns(stds, module) for module in names},
+        mean=joined(lambda source: source.mean),
+        std=joined(lambda source: source.std),
+        prompts=None if first.prompts is None else joined_prompts(prompts, sizes, order, first.prompts),
         B_digests=tuple(digests[pick.source][pick.place] for pick in picks),
     )

@@ -1,7 +1,7 @@
 """A model whose adapters are chosen by what they do to the activations."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -15,20 +15,21 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from treadle.errors import InputError, UnsupportedError
 from treadle.family.injection import Attachment, Delta, adapted_layers
+from treadle.routing.abstention import LEVEL, abstained, chances
 from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
-from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
+from treadle.routing.blocks import block_of, prompt_layers
+from treadle.routing.calibration import PromptStatistics, counted, positions, read_prompt, wants_positions
 from treadle.routing.compiled import compilable
-from treadle.routing.decision import BASE, Decision, Mixture, best, contenders, ranked
+from treadle.routing.decision import BASE, Decision, Mixture, best, ranked
 from treadle.routing.latents import Latents
 from treadle.routing.layer import Choice, Composition, RoutedLayer
 from treadle.routing.mixture import mixture
-from treadle.routing.prompt import PromptTotals
+from treadle.routing.prompt import PromptTotals, prompt_means
 from treadle.routing.prompt_batch import PromptBatch
 from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
 from treadle.routing.running import EvidencePass, RunningSums, counted_tokens, sums_of
 from treadle.routing.scorers import Scorer, scorer_of
-from treadle.routing.scores import Scores
 from treadle.routing.trace import Trace
 
 Granularity = Literal["token", "evidence", "layer", "sequence"]
@@ -57,9 +58,19 @@ Note = Callable[[RoutedLayer, Tensor], None]
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a forward pass tells the hooks: nobody acts, `note` is told what every layer sees."""
+    """What a forward pass tells the hooks: nobody acts, `note` is told what layers see.
+
+    Attributes:
+        note: is told.
+        waiting: the layers that have still to run before the pass may end; None for all of the pass.
+    """
 
     note: Note
+    waiting: set[str] | None
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: every layer that was waited for has run
+    """Ends a reading pass."""
 
 
 @dataclass
@@ -95,14 +106,18 @@ class RoutedModel(nn.Module):
     Args:
         model: the base that the bank was built for: causal LM, encoder, or encoder–decoder; put into eval mode.
         bank: the adapters.
-        scorer: "seqr" (the article's), another of `scorers.SCORERS`, or one made by `fixed` or `linear`.
+        scorer: "seqr" (the article's), another of `scorers.SCORERS`, or one made by `fixed` or `linear`. None is
+            "whitened" where the bank knows public prompts, and "seqr" otherwise.
         granularity: "token": the article's choice a token and layer. "layer": the first adapted layer of a block
             chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
             pass whose sums travel with the KV cache; decoders only. "sequence": the base reads the prompt once, the
-            mean score over its tokens and all layers chooses one adapter, which then acts everywhere. The scorer
-            "mean" chooses nothing, so it is always "token".
+            mean score over its tokens and layers chooses one adapter, which then acts everywhere. The scorer "mean"
+            chooses nothing, so it is always "token".
         top_k: how many of the best permitted adapters act, 0 for all; None for what the scorer's article does.
         temperature: of the softmax over their scores, above 0.
+        abstain: the base acts alone on a prompt that looks like the bank's with a higher chance than this among public
+            prompts (see `abstention`); 1 leaves none to it, and reads only half of the blocks to choose. Only the
+            scorer "whitened" by `sequence` asks.
         memory: bytes of lora_B held at once, at least those of one adapter.
 
     Raises:
@@ -117,10 +132,11 @@ class RoutedModel(nn.Module):
         model: PreTrainedModel,
         bank: AdapterBank,
         *,
-        scorer: str | Scorer = "seqr",
+        scorer: str | Scorer | None = None,
         granularity: Granularity = "sequence",
         top_k: int | None = None,
         temperature: float = 1.0,
+        abstain: float = LEVEL,
         memory: int = 2**30,
     ) -> None:
         super().__init__()
@@ -132,15 +148,24 @@ class RoutedModel(nn.Module):
             raise InputError("`evidence` needs a causal decoder", remedy="use granularity 'sequence'")
         if (top_k is not None and top_k < 0) or temperature <= 0:
             raise InputError("top_k must be 0 or more and temperature above 0", remedy="leave them out")
-        self.scorer = scorer if isinstance(scorer, Scorer) else scorer_of(scorer)
+        if not 0.0 <= abstain <= 1.0:
+            raise InputError(f"abstain is {abstain}", remedy="give a chance from 0 to 1")
+        self.scorer = default_scorer(bank) if scorer is None else scorer_of(scorer)
         if self.scorer.prompt is not None and granularity != "sequence":
             raise InputError(f"{self.scorer.name!r} scores whole prompts", remedy="use granularity 'sequence'")
         if self.scorer.calibrated and bank.statistics is None:
             raise InputError("the bank is not calibrated", remedy="calibrate it, or use scorer 'norm'")
+        if self.scorer.weighs_layers and _prompts(bank) is None:
+            raise InputError(
+                "the bank's calibration knows no public prompts",
+                remedy="calibrate it by `public`, or use scorer 'seqr'",
+            )
         bank.check_model(model)
         self.model = model.eval()
         self.bank = bank
         self.granularity: Granularity = granularity if self.scorer.name != "mean" else "token"
+        self.abstain = abstain
+        self.weights = _prompts(bank) if self.scorer.weighs_layers else None
         self.composition = Composition(self.scorer.top_k if top_k is None else top_k, temperature)
         targets = adapted_layers(model, {module: layer.shape for module, layer in bank.layers.items()})
         slots = _slots(bank, memory)
@@ -151,6 +176,9 @@ class RoutedModel(nn.Module):
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
         self._of_prompt = prompt_modules(model, targets)
+        # Choosing needs the leading blocks alone; knowing whether to choose at all needs the others too.
+        leading, everything = prompt_layers(model, bank.layers)
+        self.judging = leading if self.weights is not None and abstain == 1.0 else everything
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
         self._watches = (
             model.register_forward_pre_hook(self._watched, with_kwargs=True),
@@ -208,11 +236,13 @@ class RoutedModel(nn.Module):
     def _choose(self, input_ids: Tensor, attention_mask: Tensor | None, permitted: Tensor | None) -> Decision:
         attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         scored = self._prompt_scores if self.scorer.prompt is not None else self._mean_scores
-        value, disputed = scored(input_ids, attention, permitted)
+        value, disputed, known = scored(input_ids, attention, permitted)
         decision = ranked(value, disputed)
         if self.composition.mixes:
             together = mixture(value, self.composition.top_k, self.composition.temperature)
             decision = replace(decision, together=together)
+        if self.weights is not None and known is not None:
+            decision = abstained(decision, chances(known, self.weights.public, permitted), self.abstain)
         if self._trace is not None:
             self._trace.choose(decision)
         return decision
@@ -220,25 +250,22 @@ class RoutedModel(nn.Module):
     def _counted(self, input_ids: Tensor, attention: Tensor) -> Tensor:
         return counted(input_ids, attention, self.bank.ignored_tokens)
 
-    def _mean_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mean scores of each row over its tokens and all layers, and whether float64 settled them."""
+    def _mean_scores(
+        self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `prompt_means`."""
         mask = self._counted(input_ids, attention)
+        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self.weights)
+        return prompt_means(
+            lambda note: self.read(input_ids, attention, note, modules=self.judging),
+            empty,
+            exact=self.scorer.form is not None,
+        )
 
-        def means(settle: Tensor | None) -> Scores:
-            found = PromptTotals.empty(mask, permitted, len(self.bank.names))
-            self.read(input_ids, attention, lambda layer, x: found.add(layer, x, settle))
-            return found.means()
-
-        scores = means(None)
-        rivals = contenders(scores)
-        disputed = (rivals.sum(1) > 1) & (self.scorer.form is not None)
-        if not bool(disputed.any()):
-            return scores.value, disputed
-        rivals &= disputed[:, None]
-        return torch.where(rivals, means(rivals).value, scores.value), disputed
-
-    def _prompt_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The scores of a scorer of prompts, none of them settled."""
+    def _prompt_scores(
+        self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None
+    ) -> tuple[Tensor, Tensor, None]:
+        """The scores of a scorer of prompts, none of them settled; no public prompt is known of those."""
         rows, adapters = input_ids.shape[0], len(self.bank.names)
 
         def logits(place: int, some: Tensor) -> Tensor:
@@ -263,7 +290,7 @@ class RoutedModel(nn.Module):
         )
         with torch.no_grad():
             value = self.scorer.prompt_scores(batch)
-        return value, torch.zeros(rows, dtype=torch.bool, device=value.device)
+        return value, torch.zeros(rows, dtype=torch.bool, device=value.device), None
 
     def chosen(self, names: Sequence[str | None]) -> Decision:
         """These adapters, one a row, as a decision for `forward` and `generate`, whose permitted sets still narrow it.
@@ -279,15 +306,23 @@ class RoutedModel(nn.Module):
         nobody = torch.full_like(winner, BASE)
         return Decision(winner, nobody, torch.zeros(len(places), device=winner.device), nobody > BASE)
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor, note: Note) -> None:
-        """Let the base alone read prompts, and tell `note` every layer's input, (…, inner), in this thread only.
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, note: Note, *, modules: Collection[str] | None = None
+    ) -> None:
+        """Let the base alone read prompts, and tell `note` the layers' inputs, (…, inner), in this thread only.
 
         Args:
             input_ids: (rows, tokens).
             attention_mask: 1 on tokens, 0 on padding.
             note: (layer, its input) → nothing.
+            modules: the layers to tell of; where these are not all, the base reads no further than to the last.
         """
-        with torch.no_grad(), self._during(_Reading(note), input_ids):
+        only = None if modules is None or len(modules) == len(self.layers) else set(modules)
+        with (
+            contextlib.suppress(_Enough),
+            torch.no_grad(),
+            self._during(_Reading(note, only), input_ids),
+        ):
             read_prompt(self.model, input_ids, attention_mask)
 
     def forward(
@@ -441,8 +476,7 @@ class RoutedModel(nn.Module):
                 return None
             with torch.autocast(x.device.type, enabled=False):
                 if isinstance(current.task, _Reading):
-                    current.task.note(layer, x)
-                    return None
+                    return _told(current.task, layer, x)
                 flat = x.reshape(-1, x.shape[-1])
                 with torch.no_grad():
                     choice = self._choice(layer, x, current, current.task)
@@ -458,7 +492,7 @@ class RoutedModel(nn.Module):
             check_rows(x, task.real.shape[0], current.batch, module)
         if task.chosen is not None:
             return layer.acting(flat, task.chosen.spread(flat.shape[0]))
-        block = _block_of(module)
+        block = block_of(module)
         if self.granularity == "layer" and block in current.blocks:
             return layer.acting(flat, current.blocks[block])
         permitted = None if task.permitted is None else spread(task.permitted.to(x.device), flat.shape[0])
@@ -488,17 +522,31 @@ class RoutedModel(nn.Module):
         return Choice(Mixture.of(decision.winner), latents, decision)
 
 
+def default_scorer(bank: AdapterBank) -> Scorer:
+    """The best scorer that the bank's calibration allows: what a routed model takes unless it is told."""
+    return scorer_of("seqr" if _prompts(bank) is None else "whitened")
+
+
+def _prompts(bank: AdapterBank) -> PromptStatistics | None:
+    return None if bank.statistics is None else bank.statistics.prompts
+
+
+def _told(reading: _Reading, layer: RoutedLayer, x: Tensor) -> None:
+    """Tell of one layer's input, unless nobody waits for it; end the pass when nobody waits for any other."""
+    if reading.waiting is None:
+        reading.note(layer, x)
+        return
+    if layer.factors.module in reading.waiting:
+        reading.note(layer, x)
+        reading.waiting.remove(layer.factors.module)
+        if not reading.waiting:
+            raise _Enough
+
+
 def _slots(bank: AdapterBank, memory: int) -> int:
     """How many adapters' lora_B each layer may hold: all of them, or as many as fit into `memory` bytes, at least 1."""
     one = 4 * sum(factors.rank * factors.shape.out_features for factors in bank.layers.values())
     return max(1, min(len(bank.names), memory // one))
-
-
-def _block_of(module: str) -> str:
-    """The numbered block that a layer belongs to; a layer outside of every block is one of its own."""
-    parts = module.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1]) if numbers else module
 
 
 def _device(layer: nn.Module) -> torch.device:

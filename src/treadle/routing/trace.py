@@ -121,6 +121,12 @@ class Trace:
 
     def _choice(self, choice: Decision) -> list[Mapping[str, object]]:
         return [
-            {"winner": self.name(int(w)), "runner_up": self.name(int(r)), "margin": float(m)}
-            for w, r, m in zip(choice.winner, choice.runner_up, choice.margin, strict=True)
+            {"winner": self.name(int(w)), "runner_up": self.name(int(r)), "margin": float(m), "chance": chance}
+            for w, r, m, chance in zip(
+                choice.winner,
+                choice.runner_up,
+                choice.margin,
+                [None] * len(choice.winner) if choice.chance is None else choice.chance.tolist(),
+                strict=True,
+            )
         ]

@@ -19,7 +19,7 @@ from treadle.routing.routed import RoutedModel
 IDS = torch.tensor([[1, 40, 41, 42, 43], [1, 60, 61, 62, 63]])
 REQUESTS = [Request("ada", frozenset({"dept=oncology"})), Request("cy")]
 ALLOWED = [{"alpha", "beta"}, set()]
-ENTRY = DecisionEntry("ada", (), "d" * 64, None, "seqr", "sequence", "alpha", None, 0.5, {"alpha": 1.0}, 1, 2, 3)
+ENTRY = DecisionEntry("ada", (), "d" * 64, None, "seqr", "sequence", "alpha", None, 0.5, None, {"alpha": 1.0}, 1, 2, 3)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def test_a_line_a_row_says_who_acted_and_how_many_might_not(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), granularity=granularity)
+    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), granularity=granularity, abstain=1.0)
     context = LogContext(tmp_path / "log" / "decisions.jsonl", "b" * 64, "p" * 64)
     with logged(model, context, REQUESTS, ALLOWED) as trace:
         model(IDS, permitted=ALLOWED)
@@ -48,9 +48,10 @@ def test_a_line_a_row_says_who_acted_and_how_many_might_not(
     if granularity == "sequence":
         assert first["choice"] in ALLOWED[0]
         assert first["margin"] == pytest.approx(float(trace.choices[0].margin[0]))
+        assert first["chance"] == pytest.approx(float(trace.choices[0].chance[0]))
         assert first["decisions"] == 1
     else:
-        assert first["choice"] is first["margin"] is None
+        assert first["choice"] is first["margin"] is first["chance"] is None
         assert first["decisions"] == 5 * len(model.bank.layers)
     assert "excluded" not in json.dumps(trace.to_json())  # what the caller may see
 

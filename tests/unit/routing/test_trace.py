@@ -88,7 +88,7 @@ def test_margins_and_runner_ups(model: RoutedModel) -> None:
 def test_a_sequence_choice_is_its_trace(
     make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer))
+    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), abstain=1.0)
     ids, mask = batch("right")
     with model.trace() as trace:
         model(ids, mask)
@@ -104,6 +104,7 @@ def test_a_sequence_choice_is_its_trace(
                 "winner": model.bank.names[int(decision.winner[row])],
                 "runner_up": model.bank.names[int(decision.runner_up[row])],
                 "margin": pytest.approx(float(decision.margin[row])),
+                "chance": pytest.approx(float(decision.chance[row])),
             }
             for row in (0, 1)
         ]

@@ -16,6 +16,7 @@ from treadle.configs.bench import (
     RoutingLargeRun,
     RoutingMemoryRun,
     RoutingModelCostRun,
+    RoutingQualityRun,
 )
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
@@ -28,6 +29,7 @@ from treadle.recipes.bench import (
     routing_large,
     routing_memory,
     routing_model_cost,
+    routing_quality,
 )
 from treadle.recipes.bench.result import BenchmarkResult, finished_runs
 
@@ -110,6 +112,18 @@ def _routing_model_cost(config: RoutingModelCostRun, session: Session) -> Benchm
     return routing_model_cost.routing_model_cost(config, quick=session.quick, progress=session.progress)
 
 
+def _routing_quality(config: RoutingQualityRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return routing_quality.quick_routing_quality(config, work=session.work, progress=session.progress)
+    return routing_quality.routing_quality(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
+def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> BenchmarkResult:
+    return routing_quality.summary(config, _recorded(session.runs))
+
+
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
@@ -118,6 +132,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "routing-large": Benchmark(RoutingLargeRun, _routing_large),
     "routing-memory": Benchmark(RoutingMemoryRun, _routing_memory),
     "routing-model-cost": Benchmark(RoutingModelCostRun, _routing_model_cost),
+    "routing-quality": Benchmark(RoutingQualityRun, _routing_quality, _routing_quality_shown),
 }
 
 

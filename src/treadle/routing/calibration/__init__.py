@@ -15,6 +15,7 @@ from treadle.routing.calibration.drift import Drift, drift
 from treadle.routing.calibration.methods import Calibration, calibrate
 from treadle.routing.calibration.moments import LatentMoments, Moments
 from treadle.routing.calibration.own import OwnCalibration
+from treadle.routing.calibration.prompts import PromptStatistics
 from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Method, Statistics
 from treadle.routing.calibration.text import (
@@ -35,6 +36,7 @@ __all__ = [
     "Method",
     "Moments",
     "OwnCalibration",
+    "PromptStatistics",
     "PublicCalibration",
     "PublicText",
     "Statistics",

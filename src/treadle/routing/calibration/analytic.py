@@ -67,7 +67,7 @@ def latent_moments(
     found: dict[str, list[LatentMoments]] = {}
 
     def observer(factors: LayerFactors) -> Observer:
-        def observe(x: Tensor) -> None:
+        def observe(x: Tensor, _: Tensor) -> None:
             new = [LatentMoments.of(latent(group, x)) for group in factors.groups]
             old = found.get(factors.module)
             found[factors.module] = new if old is None else [a.merge(b) for a, b in zip(old, new, strict=True)]

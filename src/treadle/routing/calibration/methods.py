@@ -1,16 +1,19 @@
 """The four calibrations by name, and the one function that carries any of them out."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.family.adapter import Adapter
 from treadle.progress import Progress, silent
+from treadle.routing.blocks import prompt_layers
 from treadle.routing.calibration.analytic import AnalyticCalibration, closed_form, latent_moments
 from treadle.routing.calibration.moments import LatentMoments
-from treadle.routing.calibration.norms import norm_moments
+from treadle.routing.calibration.norms import read_norms
 from treadle.routing.calibration.own import OwnCalibration
+from treadle.routing.calibration.prompts import prompt_statistics
 from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Statistics
 from treadle.routing.calibration.text import ignored_tokens, longest_passage, text_batches, texts_digest
@@ -27,7 +30,6 @@ def calibrate(
     adapters: Sequence[Adapter],
     calibration: Calibration,
     *,
-    only: Collection[str] | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Run the base over the calibration's texts and return the statistics of the adapters at every layer.
@@ -41,8 +43,6 @@ def calibrate(
         layers: the factors, by module.
         adapters: the bank's, in order.
         calibration: which texts, and how.
-        only: the names of the adapters that matter, None for all; the rows of the others are of no account
-            (`Statistics.patched` keeps what they were).
         progress: told of every batch.
 
     Raises:
@@ -53,22 +53,24 @@ def calibrate(
         seen = read_traffic(model, tokenizer, layers, adapters, calibration.prompts, calibration.tenant, progress)
         enough = (calibration.minimum_prompts, calibration.minimum_tokens)
         return seen.statistics(adapters, minimum_prompts=enough[0], minimum_tokens=enough[1])
-    places = [place for place, adapter in enumerate(adapters) if only is None or adapter.name in only]
     ignored = ignored_tokens(tokenizer)
     mean = {module: torch.full((len(adapters),), torch.nan, dtype=torch.float64) for module in layers}
     std = {module: torch.full((len(adapters),), torch.nan, dtype=torch.float64) for module in layers}
     moments: dict[str, LatentMoments] = {}
+    passages: dict[tuple[str, int], Tensor] = {}
     tokens = 0
-    for texts, mine in _shared_texts(calibration, adapters, places).items():
+    for texts, mine in _shared_texts(calibration, adapters).items():
         batches = text_batches(tokenizer, texts, longest=longest_passage(model))
         if isinstance(calibration, AnalyticCalibration):
             latents = latent_moments(model, layers, batches, ignored, progress)
             rows, counts = _closed_forms(layers, mine, latents), [groups[0].count for groups in latents.values()]
             moments = _of_family(layers, adapters, latents)
         else:
-            found = norm_moments(model, layers, mine, batches, ignored, progress)
-            rows = {key: (moment.mean.item(), moment.std.item()) for key, moment in found.items()}
-            counts = [moment.count for moment in found.values()]
+            public = isinstance(calibration, PublicCalibration)
+            found = read_norms(model, layers, mine, batches, ignored, progress, by_passage=public)
+            rows = {key: (moment.mean.item(), moment.std.item()) for key, moment in found.moments.items()}
+            counts = [moment.count for moment in found.moments.values()]
+            passages = found.passages
         for (module, place), row in rows.items():
             mean[module][place], std[module][place] = row
         tokens = max(tokens, *counts)
@@ -80,22 +82,22 @@ def calibrate(
         "" if isinstance(calibration, OwnCalibration) else texts_digest(calibration.texts),
         tokens,
         ignored,
-        tuple(adapter.digest if place in places else "" for place, adapter in enumerate(adapters)),
+        tuple(adapter.digest for adapter in adapters),
         moments,
+        prompt_statistics(passages, mean, std, *prompt_layers(model, layers)) if passages else None,
     )
 
 
 def _shared_texts(
     calibration: OwnCalibration | PublicText,
     adapters: Sequence[Adapter],
-    places: Sequence[int],
 ) -> dict[tuple[str, ...], list[int]]:
     """Passages → the places of the adapters that are to be described by them."""
     if not isinstance(calibration, OwnCalibration):
-        return {tuple(calibration.texts): list(places)}
+        return {tuple(calibration.texts): list(range(len(adapters)))}
     found: dict[tuple[str, ...], list[int]] = {}
-    for place in places:
-        found.setdefault(tuple(calibration.texts_of(adapters[place].name)), []).append(place)
+    for place, adapter in enumerate(adapters):
+        found.setdefault(tuple(calibration.texts_of(adapter.name)), []).append(place)
     return found
 
 

@@ -1,6 +1,7 @@
-"""Moments of ‖B A x‖ over text, adapter by adapter: what `own`, `public` and `traffic` are made of."""
+"""Norms ‖B A x‖ over text, adapter by adapter: what `own`, `public` and `traffic` are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,18 +13,33 @@ from treadle.routing.calibration.text import Observer, read_text
 from treadle.routing.factors import LayerFactors, latent, triangles
 
 
-def norm_moments(
+@dataclass(frozen=True)
+class NormReading:
+    """What a text said of adapters: (module, place in the bank) → numbers, for every layer that the adapter has.
+
+    Attributes:
+        moments: of the norms of all tokens that count, of one column.
+        passages: the mean norm of each passage in the order of reading, (passages,) in float64.
+    """
+
+    moments: dict[tuple[str, int], Moments] = field(default_factory=dict[tuple[str, int], Moments])
+    passages: dict[tuple[str, int], Tensor] = field(default_factory=dict[tuple[str, int], Tensor])
+
+
+def read_norms(
     model: PreTrainedModel,
     layers: Mapping[str, LayerFactors],
     places: Sequence[int],
     batches: Sequence[Mapping[str, Tensor]],
     ignored: Sequence[int],
     progress: Progress = silent,
-) -> dict[tuple[str, int], Moments]:
-    """(module, place) → the moments of that adapter's norms, of one column, for every layer that it has.
+    *,
+    by_passage: bool = False,
+) -> NormReading:
+    """The norms of these adapters over the text.
 
     Columns are kept apart since the order in which torch adds up a column may depend on how many there are: so an
-    adapter's moments are, bit for bit, the same whoever else is in the bank.
+    adapter's numbers are, bit for bit, the same whoever else is in the bank.
 
     Args:
         model: the base model.
@@ -32,26 +48,33 @@ def norm_moments(
         batches: of `text_batches`.
         ignored: the token ids that do not count.
         progress: told of every batch.
+        by_passage: whether to keep a number a passage, too.
 
     Raises:
         InputError: no token counts, or a layer never ran.
         UnsupportedError: a layer's inputs cannot be told apart by row and token.
     """
-    found: dict[tuple[str, int], Moments] = {}
+    found = NormReading()
+    parts: dict[tuple[str, int], list[Tensor]] = {}
 
     def observer(factors: LayerFactors) -> Observer:
         norms = _norms_of(factors, places)
 
-        def observe(x: Tensor) -> None:
+        def observe(x: Tensor, rows: Tensor) -> None:
+            lengths = torch.unique_consecutive(rows, return_counts=True)[1].tolist()
             for place, column in norms(x).items():
                 new, key = Moments.of(column[:, None]), (factors.module, place)
-                found[key] = found[key].merge(new) if key in found else new
+                found.moments[key] = found.moments[key].merge(new) if key in found.moments else new
+                if by_passage:
+                    means = torch.stack([part.mean() for part in column.split(lengths)])
+                    parts.setdefault(key, []).append(means)
 
         return observe
 
     mine = {name: factors for name, factors in layers.items() if bool(factors.present[list(places)].any())}
     observers = {name: (factors.shape, observer(factors)) for name, factors in mine.items()}
     read_text(model, batches, ignored, observers, progress)
+    found.passages.update({key: torch.cat(means) for key, means in parts.items()})
     return found
 
 

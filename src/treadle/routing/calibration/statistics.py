@@ -1,7 +1,7 @@
 """A finished calibration: numbers, where they come from, and whose lora_B they describe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter
 from treadle.routing.calibration.moments import LatentMoments
+from treadle.routing.calibration.prompts import PromptStatistics
 
 Method = Literal["own", "public", "analytic", "traffic"]
 
@@ -40,6 +41,7 @@ class Statistics:
         ignored_tokens: token ids left out here, and therefore when prompts are scored.
         B_digests: `Adapter.digest` of the lora_B that each row describes, "" for a row of which nothing is known.
         moments: module → moments of the family's z = A·x under `analytic`, from which adapters to come are described.
+        prompts: what public prompts say about layers, under `public`; None under the others.
         date: the UTC day of the reading; no part of what makes two calibrations equal.
     """
 
@@ -52,6 +54,7 @@ class Statistics:
     ignored_tokens: tuple[int, ...]
     B_digests: tuple[str, ...]
     moments: Mapping[str, LatentMoments] = field(default_factory=dict[str, LatentMoments])
+    prompts: PromptStatistics | None = None
     date: str = field(default_factory=utc_day, compare=False)
 
     @property
@@ -83,32 +86,6 @@ class Statistics:
                     where=adapter.name,
                     remedy="run `treadle bank calibrate`",
                 )
-
-    def patched(self, newer: "Statistics", places: Sequence[int]) -> "Statistics":
-        """These statistics with the rows at `places` from `newer`; every other row keeps its bits.
-
-        Raises:
-            MismatchError: the two were not made alike.
-        """
-        if not self.alike(newer):
-            raise MismatchError(
-                f"the other adapters were calibrated by {self.method} on {self.source!r}, "
-                f"these by {newer.method} on {newer.source!r}",
-                remedy="calibrate all of them, or these with the same text",
-            )
-
-        def rows(old: Mapping[str, Tensor], new: Mapping[str, Tensor], module: str) -> Tensor:
-            values = old[module].clone()
-            values[list(places)] = new[module][list(places)]
-            return values
-
-        digests = [newer.B_digests[i] if i in places else digest for i, digest in enumerate(self.B_digests)]
-        return replace(
-            self,
-            mean={module: rows(self.mean, newer.mean, module) for module in self.mean},
-            std={module: rows(self.std, newer.std, module) for module in self.std},
-            B_digests=tuple(digests),
-        )
 
     def alike(self, other: "Statistics") -> bool:
         """Whether the two were made in one way from one source, so that their rows may stand side by side."""

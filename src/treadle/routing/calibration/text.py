@@ -19,8 +19,9 @@ from treadle.progress import Progress, silent
 Passages = Sequence[str] | Sequence[Sequence[int]]
 """Texts, or the token ids that a tokenizer made of them."""
 
-Observer = Callable[[Tensor], None]
-"""Told a layer's inputs, (tokens, inner), at the tokens that count."""
+Observer = Callable[[Tensor, Tensor], None]
+"""Told a layer's inputs, (tokens, inner), at the tokens that count, and each one's passage: the place of its row in
+the batch."""
 
 
 def check_passages(texts: Passages, where: str) -> None:
@@ -89,10 +90,10 @@ def read_text(
         def observe(x: Tensor) -> None:
             if get_ident() != reader:  # another thread's prompts are not calibration text
                 return
-            kept = _selected(x, masks, module)
+            kept, rows = _selected(x, masks, module)
             if kept.shape[0] > 0:
                 ran.add(module)
-                observer(kept)
+                observer(kept, rows)
 
         return observe
 
@@ -120,14 +121,17 @@ def longest_passage(model: PreTrainedModel) -> int:
     return min(512, limit) if isinstance(limit, int) and limit > 0 else 512
 
 
-def _selected(x: Tensor, masks: Sequence[Tensor], module: str) -> Tensor:
-    """The layer's inputs at the tokens that count; a layer that sees one vector a row (a pooler) counts every row."""
+def _selected(x: Tensor, masks: Sequence[Tensor], module: str) -> tuple[Tensor, Tensor]:
+    """The layer's inputs at the tokens that count, and the row of each; of a layer that sees one vector a row (a
+    pooler) every row counts.
+    """
     flat = x.reshape(-1, x.shape[-1])
     for mask in masks:
         if flat.shape[0] == mask.numel():
-            return flat[mask.flatten()]
+            return flat[mask.flatten()], mask.nonzero()[:, 0]
     if flat.shape[0] == masks[0].shape[0]:
-        return flat[masks[0].any(1)]
+        rows = masks[0].any(1)
+        return flat[rows], rows.nonzero()[:, 0]
     raise UnsupportedError(
         "its inputs cannot be told apart by row and token", where=module, remedy="leave it out of the plan"
     )

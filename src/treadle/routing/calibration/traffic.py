@@ -17,7 +17,7 @@ from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.adapter import Adapter
 from treadle.progress import Progress, silent
 from treadle.routing.calibration.moments import Moments
-from treadle.routing.calibration.norms import norm_moments
+from treadle.routing.calibration.norms import read_norms
 from treadle.routing.calibration.statistics import Method, Statistics, utc_day
 from treadle.routing.calibration.text import (
     Passages,
@@ -244,7 +244,7 @@ def read_traffic(
     """
     batches = text_batches(tokenizer, prompts, longest=longest_passage(model))
     ignored = ignored_tokens(tokenizer)
-    found = norm_moments(model, layers, range(len(adapters)), batches, ignored, progress)
+    found = read_norms(model, layers, range(len(adapters)), batches, ignored, progress).moments
     unknown = torch.full((1,), torch.nan, dtype=torch.float64)
     moments: dict[str, Moments] = {}
     for module in layers:

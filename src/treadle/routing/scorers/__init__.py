@@ -18,7 +18,7 @@ from torch import Tensor
 from treadle.errors import InputError
 from treadle.routing.factors import LayerFactors
 from treadle.routing.prompt_batch import PromptBatch
-from treadle.routing.scorers import arrow, lag, mean, norm, perplexity, ratio, seqr, spectr
+from treadle.routing.scorers import arrow, lag, mean, norm, perplexity, ratio, seqr, spectr, whitened
 from treadle.routing.scores import NormScore, Scores, bounded, narrowed
 
 Form = Callable[[LayerFactors], NormScore]
@@ -47,6 +47,7 @@ class Scorer:
         eligible: who may be chosen at a layer, of the others.
         top_k: how many of the best act unless the caller says so; 1 is the argmax, 0 all.
         calibrated: whether it needs the bank's statistics.
+        weighs_layers: whether `sequence` adds layers up by the bank's prompt statistics, which it then needs too.
         blends: whether A and B of those who act are mixed, rather than their outputs.
     """
 
@@ -58,6 +59,7 @@ class Scorer:
     eligible: Callable[[LayerFactors], Tensor] = _present
     top_k: int = 1
     calibrated: bool = False
+    weighs_layers: bool = False
     blends: bool = False
 
     def scores(
@@ -84,6 +86,7 @@ class Scorer:
 SCORERS: Mapping[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
+        Scorer("whitened", whitened.form, calibrated=True, weighs_layers=True),
         Scorer("seqr", seqr.form, calibrated=True),
         Scorer("norm", norm.form),
         Scorer("ratio", ratio.form, calibrated=True),
@@ -97,12 +100,14 @@ SCORERS: Mapping[str, Scorer] = {
 }
 
 
-def scorer_of(name: str) -> Scorer:
-    """The scorer of this name.
+def scorer_of(name: str | Scorer) -> Scorer:
+    """The scorer of this name, or the one given.
 
     Raises:
         InputError: there is none.
     """
+    if isinstance(name, Scorer):
+        return name
     if name not in SCORERS:
         raise InputError(f"no such scorer {name!r}", remedy=f"choose among {', '.join(SCORERS)}")
     return SCORERS[name]
