@@ -28,7 +28,18 @@ Data = Annotated[
 
 # Spelled out, since help must not wait for torch; a test holds them to what the library knows.
 ScorerName = Literal[
-    "whitened", "seqr", "norm", "ratio", "arrow", "arrow-parameters", "spectr", "lag", "mean", "perplexity", "linear"
+    "whitened",
+    "seqr",
+    "seqr-qr",
+    "norm",
+    "ratio",
+    "arrow",
+    "arrow-parameters",
+    "spectr",
+    "lag",
+    "mean",
+    "perplexity",
+    "linear",
 ]
 
 GranularityName = Literal["sequence", "evidence", "token", "layer"]

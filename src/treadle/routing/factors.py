@@ -53,7 +53,7 @@ class LayerFactors:
         present: (adapters,), whether the adapter has this layer.
         mean: (adapters,) of ‖B A x‖, float64; NaN before calibration.
         std: (adapters,) of ‖B A x‖, float64; NaN before calibration.
-        directions: (adapters, rows, inner), float32, what a scorer's `prepare` made of every B·A; None without it.
+        directions: (adapters, rows, inner or rank), what a scorer's `prepare` made of every B·A; None without it.
         folded_B: loads the (out, rank) matrix of an adapter by its place in the bank.
     """
 
@@ -63,7 +63,7 @@ class LayerFactors:
     present: Bool[Tensor, " adapters"]
     mean: Float[Tensor, " adapters"]
     std: Float[Tensor, " adapters"]
-    directions: Float[Tensor, "adapters rows inner"] | None
+    directions: Float[Tensor, "adapters rows _"] | None
     folded_B: Callable[[int], Tensor]
 
     @property

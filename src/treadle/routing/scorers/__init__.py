@@ -18,7 +18,7 @@ from torch import Tensor
 from treadle.errors import InputError
 from treadle.routing.factors import LayerFactors
 from treadle.routing.prompt_batch import PromptBatch
-from treadle.routing.scorers import arrow, lag, mean, norm, perplexity, ratio, seqr, spectr, whitened
+from treadle.routing.scorers import arrow, lag, mean, norm, perplexity, ratio, seqr, seqr_qr, spectr, whitened
 from treadle.routing.scores import NormScore, Scores, bounded, narrowed
 
 Form = Callable[[LayerFactors], NormScore]
@@ -88,6 +88,7 @@ SCORERS: Mapping[str, Scorer] = {
     for scorer in (
         Scorer("whitened", whitened.form, calibrated=True, weighs_layers=True),
         Scorer("seqr", seqr.form, calibrated=True),
+        Scorer("seqr-qr", plain=seqr_qr.scores, prepare=seqr_qr.prepare, eligible=seqr_qr.eligible, calibrated=True),
         Scorer("norm", norm.form),
         Scorer("ratio", ratio.form, calibrated=True),
         Scorer("arrow", plain=arrow.scores, prepare=arrow.prepare, top_k=arrow.BEST),

@@ -7,7 +7,7 @@ from torch import Tensor
 from treadle.family.plan import LayerShape
 from treadle.routing import blending
 from treadle.routing.decision import Mixture
-from treadle.routing.factors import Group, LayerFactors
+from treadle.routing.factors import Group, LayerFactors, calibrated
 from treadle.routing.latents import Latents
 from treadle.routing.scorers import SCORERS, lag, spectr
 
@@ -56,6 +56,16 @@ def test_directions_without_their_lengths_would_not_tell_adapters_apart() -> Non
     torch.testing.assert_close(unscaled, unscaled[:, :1].expand_as(unscaled), rtol=1e-4, atol=1e-4)
     spread = scored("spectr", factors, x)
     assert float((spread.max(1).values / spread.min(1).values).min()) > 1.05
+
+
+def test_the_articles_factors_score_as_ours_do() -> None:
+    factors, As, Bs = layer()
+    mean, std = torch.rand(len(As)).double() + 1.0, torch.rand(len(As)).double() + 0.5
+    factors = calibrated(factors, {"mean": mean, "std": std})
+    x = torch.randn(TOKENS, INNER)
+    norms = torch.stack([(x.double() @ A.T @ B.T).norm(dim=1) for A, B in zip(As, Bs, strict=True)], 1)
+    # Float64 all along: what is left is the rounding of a product of the layer's width.
+    torch.testing.assert_close(scored("seqr-qr", factors, x), (norms - mean) / std, rtol=1e-12, atol=1e-12)
 
 
 def test_arrow_is_the_alignment_with_the_strongest_direction() -> None:
