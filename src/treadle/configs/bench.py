@@ -64,6 +64,28 @@ class DemoQualityRun(RunConfig):
     suites: tuple[Suite, ...]
 
 
+class RoutingAttackRun(RunConfig):
+    """`routing-attack`.
+
+    Attributes:
+        seeds: one fleet each.
+        tasks: of the consortium's members; each in turn is the victim, and the one behind it attacks.
+        limit: prompts of the victim that are routed.
+        barred: how many of them are routed again under a permitted set that leaves the attacker out.
+        known: training texts that the attacker has: of the victim's kind to aim with, its own to be calibrated on.
+        inflation: how many times its honest B a member submits.
+        fleet: how fleets are grown.
+    """
+
+    seeds: tuple[int, ...] = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=2)
+    limit: int = Field(ge=1)
+    barred: int = Field(ge=1)
+    known: int = Field(ge=1)
+    inflation: float = Field(default=10.0, gt=0)
+    fleet: FleetSettings
+
+
 class LayerShapeRow(RunConfig):
     """A layer whose routing is timed: `inner` to `outer`, adapters of this `rank`."""
 

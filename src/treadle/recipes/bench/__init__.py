@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from treadle import files
 from treadle.configs.bench import (
     DemoQualityRun,
+    RoutingAttackRun,
     RoutingContinualRun,
     RoutingCostRun,
     RoutingExactnessRun,
@@ -23,6 +24,7 @@ from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
     demo_quality,
+    routing_attack,
     routing_continual,
     routing_cost,
     routing_exactness,
@@ -82,6 +84,16 @@ def _demo_quality_shown(config: DemoQualityRun, session: Session) -> BenchmarkRe
     return demo_quality.summary(config, _recorded(session.runs))
 
 
+def _routing_attack(config: RoutingAttackRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return routing_attack.quick_routing_attack(config, work=session.work, progress=session.progress)
+    return routing_attack.routing_attack(config, runs=session.runs, work=session.work, progress=session.progress)
+
+
+def _routing_attack_shown(config: RoutingAttackRun, session: Session) -> BenchmarkResult:
+    return routing_attack.summary(config, _recorded(session.runs))
+
+
 def _routing_continual(config: RoutingContinualRun, session: Session) -> BenchmarkResult:
     study = routing_continual.quick_routing_continual if session.quick else routing_continual.routing_continual
     out = session.work / ("quick" if session.quick else "fleet")
@@ -126,6 +138,7 @@ def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> Bench
 
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
+    "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
     "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
     "routing-exactness": Benchmark(RoutingExactnessRun, _routing_exactness),
