@@ -12,6 +12,26 @@ from treadle.data.tasks import Condition
 from treadle.routing.routed import Granularity
 
 
+class RandomBanks(RunConfig):
+    """Every combination of these; every eighth adapter is the one before it, moved by a millionth.
+
+    Attributes:
+        inner: of the layer.
+        outer: of the layer, at least the largest rank.
+        ranks: of B.
+        adapters: in the bank, the last one left out under --quick.
+        conditions: the largest singular value of B over the smallest.
+        decisions: tokens asked of each bank and dtype, an eighth of it under --quick.
+    """
+
+    inner: int = Field(ge=1)
+    outer: int = Field(ge=1)
+    ranks: tuple[int, ...] = Field(min_length=1)
+    adapters: tuple[int, ...] = Field(min_length=1)
+    conditions: tuple[float, ...] = Field(min_length=1)
+    decisions: int = Field(ge=8)
+
+
 class RoutingExactnessRun(RunConfig):
     """`routing-exactness`.
 
@@ -19,11 +39,13 @@ class RoutingExactnessRun(RunConfig):
         fleet: what is trained on the spot.
         decisions: (token, layer) decisions of each scorer and dtype.
         quick_decisions: likewise under --quick.
+        random: banks of random adapters at one layer.
     """
 
     fleet: FleetRun
     decisions: int = Field(ge=1)
     quick_decisions: int = Field(ge=1)
+    random: RandomBanks
 
 
 class Suite(RunConfig):
@@ -196,6 +218,26 @@ class RoutingQualityRun(RunConfig):
             arms=group.arms,
             router=router,
         )
+
+
+class RoutingCompositionRun(RunConfig):
+    """`routing-composition`.
+
+    Attributes:
+        seeds: one fleet each.
+        tasks: that have an adapter; every ordered pair of them is asked.
+        limit: prompts a pair.
+        top_k: how many adapters act together, in turn.
+        temperature: of their weights.
+        fleet: how fleets are grown.
+    """
+
+    seeds: tuple[int, ...] = Field(min_length=3)
+    tasks: tuple[str, ...] = Field(min_length=2)
+    limit: int = Field(ge=1)
+    top_k: tuple[int, ...] = Field(min_length=1)
+    temperature: float = Field(gt=0.0)
+    fleet: FleetSettings
 
 
 class RoutingLargeRun(RunConfig):

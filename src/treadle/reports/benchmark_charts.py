@@ -28,6 +28,8 @@ def benchmark_chart(result: Mapping[str, object]) -> str:
 
 
 def _goal(name: str, metric: Row) -> Goal:
+    if metric["value"] is None:
+        return Goal(name, f"not measured yet, goal {metric['goal']}", None, None)
     value, goal = _number(metric, "value"), metric["goal"]
     unit = "" if metric["unit"] == "1" else f" {metric['unit']}"
     holds = cast("bool | None", metric["holds"])
@@ -75,6 +77,25 @@ def _demo_quality(rows: Sequence[Row]) -> list[Panel]:
     return panels
 
 
+def _routing_quality(rows: Sequence[Row]) -> list[Panel]:
+    """Mean accuracy of every way of answering, a dot a form of the prompts; lines are 95% intervals."""
+    means = [row for row in rows if row.get("task") == MEAN_OF_TASKS]
+    conditions = list(dict.fromkeys(str(row["condition"]) for row in means))
+    dots = [
+        Dot(
+            str(row["arm"]),
+            str(row["condition"]),
+            _number(row, "accuracy"),
+            _number(row, "low"),
+            _number(row, "high"),
+            f"{row['arm']}, {row['condition']}: {_number(row, 'accuracy'):.3f} over {row['seeds']} seeds",
+        )
+        for row in means
+    ]
+    title = "Share answered rightly, mean of tasks"
+    return [(title, dot_chart(dots, conditions, title=title.lower())), ("", key(colours(conditions)))]
+
+
 def _over_seeds(values: Sequence[tuple[str, str, float]], groups: Sequence[str], *, title: str) -> Markup:
     """Dots at the means of (label, group, value) over what they share, lines from least to greatest."""
     found: dict[tuple[str, str], list[float]] = {}
@@ -94,4 +115,5 @@ def _number(row: Row, key: str) -> float:
 PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "demo-quality": _demo_quality,
     "routing-exactness": _routing_exactness,
+    "routing-quality": _routing_quality,
 }

@@ -11,7 +11,7 @@ from treadle.routing.blending import blended
 from treadle.routing.decision import Decision, Mixture, decide
 from treadle.routing.factors import LayerFactors
 from treadle.routing.latents import Latents
-from treadle.routing.mixture import act, mixture
+from treadle.routing.mixture import act, act_alone, mixture
 from treadle.routing.pool import MatrixPool
 from treadle.routing.scorers import Scorer
 from treadle.routing.scores import NormScore
@@ -22,6 +22,7 @@ from treadle.routing.table import (
     leaders,
     lone_winner,
     score_table,
+    settled_by_grams,
     settled_leaders,
     values,
 )
@@ -115,6 +116,8 @@ class RoutedLayer(nn.Module):
         decision = decision_of(self.table, found) if explained else None
         if found.doubtful.shape[0] == 0:
             return Choice(Mixture.of(winner), ready, decision)
+        if not explained and (ends := settled_by_grams(self.factors, self.form, zs, found)) is not None:
+            return Choice(Mixture.of(winner.index_copy(0, found.doubtful, ends)), ready, None)
         rows, settled, others = settled_leaders(self.factors, self.form, x, zs, found)
         winner = winner.index_copy(0, rows, settled.winner)
         decision = None if decision is None else decision.replaced(rows, settled)
@@ -144,6 +147,10 @@ class RoutedLayer(nn.Module):
         if self.scorer.blends and choice.mixture.weight is not None:
             latents = blended(self.factors, x, latents, choice.mixture)
         return act(self.pool, latents, choice.mixture)
+
+    def added_alone(self, x: Float[Tensor, "tokens inner"], adapter: int) -> Float[Tensor, "tokens outer"] | None:
+        """What one adapter adds to the layer's output for every token, float32; None where only the base acts."""
+        return act_alone(self.pool, Latents(x, self.factors), adapter, x.shape[0])
 
     def acting(self, x: Float[Tensor, "tokens inner"], chosen: Mixture) -> Choice:
         """What was chosen elsewhere, as this layer's choice."""

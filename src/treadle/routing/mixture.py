@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -40,16 +41,11 @@ def act(pool: MatrixPool, latents: Latents, chosen: Mixture) -> Float[Tensor, "t
     tokens = chosen.adapter.shape[0]
     only = _only(chosen)
     if only is not None:
-        if only not in latents:  # it lacks this layer, or is the base
-            return None
-        with pool.lock:
-            first = int(pool.first_rows(chosen.adapter[:1, 0]))
-            pool.wins[only] += tokens
-            return _times(pool.rows[first:], latents.of(only))
+        return act_alone(pool, latents, only, tokens)
     pairs = _pairs(chosen, latents)
     if pairs.token.shape[0] == 0:
         return None
-    pool.wins.index_add_(0, pairs.adapter, torch.ones_like(pairs.adapter))
+    np.add.at(pool.wins, pairs.adapter.cpu().numpy(), 1)
     if (
         pairs.token.shape[0] == tokens
         and chosen.adapter.shape[1] == 1
@@ -64,6 +60,15 @@ def act(pool: MatrixPool, latents: Latents, chosen: Mixture) -> Float[Tensor, "t
         with pool.lock:
             add(result, mine, pool, latents)
     return result
+
+
+def act_alone(pool: MatrixPool, latents: Latents, adapter: int, tokens: int) -> Float[Tensor, "tokens outer"] | None:
+    """B·A·x of one adapter for every token, None for the base, and where the adapter lacks the layer."""
+    if adapter not in latents:
+        return None
+    with pool.lock:
+        pool.wins[adapter] += tokens
+        return _times(pool.rows_of(adapter), latents.of(adapter))
 
 
 MANY = 16

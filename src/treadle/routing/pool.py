@@ -7,6 +7,7 @@ was used longest ago.
 from collections.abc import Callable
 from threading import Lock
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +17,10 @@ class MatrixPool:
     """The folded, transposed B of at most `slots` adapters, rows of one tensor: (slots · rank, out), float32.
 
     Whoever reads `rows` holds `lock` meanwhile, so that another thread does not refill a slot under its hands.
+
+    Attributes:
+        rows: of all slots.
+        wins: how often each adapter has acted, (adapters,).
 
     Args:
         load: place in the bank → (out, rank) folded B.
@@ -40,9 +45,10 @@ class MatrixPool:
         self._load = load
         with torch.inference_mode(False):  # what is kept must also serve a later call that needs gradients
             self.rows = torch.zeros(slots * rank, out, device=device)
-            self.wins = torch.zeros(adapters, dtype=torch.long, device=device)
-            self._slot = torch.full((adapters,), -1, dtype=torch.long, device=device)
-            self._used = torch.zeros(slots, dtype=torch.long, device=device)
+        # A few numbers a call: numpy costs a fifth of what torch does on so little.
+        self.wins = np.zeros(adapters, dtype=np.int64)
+        self._slot = np.full(adapters, -1, dtype=np.int64)
+        self._used = np.zeros(slots, dtype=np.int64)
         self._holders = [-1] * slots
         self._clock = 0
 
@@ -51,26 +57,43 @@ class MatrixPool:
         moved = MatrixPool(
             self._load, adapters=len(self.wins), rank=self.rank, out=self.out, slots=self.slots, device=device
         )
-        for name in ("rows", "wins", "_slot", "_used"):
-            getattr(moved, name).copy_(getattr(self, name))
+        moved.rows.copy_(self.rows)
+        for name in ("wins", "_slot", "_used"):
+            getattr(moved, name)[:] = getattr(self, name)
         moved._holders, moved._clock = list(self._holders), self._clock
         return moved
 
     def first_rows(self, adapters: Int[Tensor, " pairs"]) -> Int[Tensor, " pairs"]:
         """Where in `rows` each of these adapters' B begins; at most `slots` different ones, read if they must be."""
-        slot = self._slot[adapters]
-        if bool((slot < 0).any()):
-            self._fetch(torch.unique(adapters).tolist())
-            slot = self._slot[adapters]
+        wanted = adapters.cpu().numpy()
+        slot = self._slot[wanted]
+        if slot.min() < 0:
+            self._fetch(np.unique(wanted).tolist())
+            slot = self._slot[wanted]
         self._clock += 1
         self._used[slot] = self._clock
-        return slot * self.rank
+        return torch.from_numpy(slot * self.rank).to(adapters.device)
+
+    def rows_of(self, adapter: int) -> Float[Tensor, "rank out"]:
+        """The rows of one adapter's B, read if they must be."""
+        if self._slot[adapter] < 0:
+            self._fetch([adapter])
+        slot = int(self._slot[adapter])
+        self._clock += 1
+        self._used[slot] = self._clock
+        return self.rows[slot * self.rank : (slot + 1) * self.rank]
+
+    def prefetch(self, adapters: list[int]) -> None:
+        """Read the B of the first of these adapters before they act, as many as there are slots."""
+        if adapters:
+            with self.lock:
+                self.first_rows(torch.tensor(adapters[: self.slots]))
 
     def _fetch(self, wanted: list[int]) -> None:
         assert len(wanted) <= self.slots, "more adapters at once than slots"
         there = set(self._holders)
         keep = there.intersection(wanted)
-        order = [slot for slot in self._used.argsort(stable=True).tolist() if self._holders[slot] not in keep]
+        order = [slot for slot in self._used.argsort(kind="stable").tolist() if self._holders[slot] not in keep]
         for adapter, slot in zip((place for place in wanted if place not in there), order, strict=False):
             if self._holders[slot] >= 0:
                 self._slot[self._holders[slot]] = -1

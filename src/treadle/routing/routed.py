@@ -1,9 +1,9 @@
 """A model whose adapters are chosen by what they do to the activations."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, NoReturn, cast, get_args
 
@@ -25,6 +25,7 @@ from treadle.routing.decision import BASE, Decision, Mixture, best, ranked
 from treadle.routing.latents import Latents
 from treadle.routing.layer import Choice, Composition, RoutedLayer
 from treadle.routing.mixture import mixture
+from treadle.routing.passes import Acting, Current, Enough, Note, Reading, told
 from treadle.routing.prompt import PromptTotals, prompt_means
 from treadle.routing.prompt_batch import PromptBatch
 from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
@@ -35,65 +36,8 @@ from treadle.routing.trace import Trace
 Granularity = Literal["token", "evidence", "layer", "sequence"]
 
 
-@dataclass(frozen=True)
-class _Acting:
-    """What a forward pass tells the hooks: adapters act.
-
-    Attributes:
-        permitted: (rows, adapters), None for all.
-        chosen: who acts on a row at all layers; None lets every layer decide.
-        real: (rows, tokens) of the prompt, False on padding.
-        uniform: whether all rows are treated alike.
-    """
-
-    permitted: Tensor | None
-    chosen: Mixture | None
-    real: Tensor
-    uniform: bool
-
-
-Note = Callable[[RoutedLayer, Tensor], None]
-"""Takes a layer and its input."""
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What a forward pass tells the hooks: nobody acts, `note` is told what layers see.
-
-    Attributes:
-        note: is told.
-        waiting: the layers that have still to run before the pass may end; None for all of the pass.
-    """
-
-    note: Note
-    waiting: set[str] | None
-
-
-class _Enough(Exception):  # noqa: N818 - not an error: every layer that was waited for has run
-    """Ends a reading pass."""
-
-
-@dataclass
-class _Current:
-    """The pass that this thread (or task) is in: whose it is, what the hooks shall do, and what the base was given.
-
-    Attributes:
-        owner: the model that began it; another model's hooks on the same base stay silent.
-        task: acting or reading.
-        batch: (rows, tokens) of the base's latest input, beams included.
-        evidence: what that input adds to the running sums.
-        blocks: block → who acts on each token, once its first layer has chosen.
-    """
-
-    owner: "RoutedModel"
-    task: _Acting | _Reading
-    batch: tuple[int, int]
-    evidence: EvidencePass | None = None
-    blocks: dict[str, Mixture] = field(default_factory=dict[str, Mixture])
-
-
 # Of a thread or task, not of a model: a caller's rights must never reach another caller's pass.
-_CURRENT: ContextVar[_Current | None] = ContextVar("treadle_pass", default=None)
+_CURRENT: ContextVar[Current | None] = ContextVar("treadle_pass", default=None)
 _TRACES: ContextVar[Mapping[int, Trace]] = ContextVar("treadle_traces", default=MappingProxyType({}))
 
 
@@ -205,6 +149,22 @@ class RoutedModel(nn.Module):
             yield trace
         finally:
             _TRACES.reset(token)
+
+    def wins(self) -> dict[str, int]:
+        """How often each adapter has acted, over all tokens and layers; those that never have are left out."""
+        counts = sum(layer.pool.wins for layer in self.layers.values()).tolist()  # type: ignore[union-attr]
+        return {name: count for name, count in zip(self.bank.names, counts, strict=True) if count > 0}
+
+    def prefetch(self, wins: Mapping[str, int]) -> None:
+        """Read the lora_B of those who acted most, as many as `memory` holds; names that the bank lacks are left out.
+
+        Args:
+            wins: adapter → how often it acted, as `wins` says of another model: the version before this one.
+        """
+        known = {name: place for place, name in enumerate(self.bank.names)}
+        order = [known[name] for name in sorted(wins, key=lambda name: -wins[name]) if name in known]
+        for layer in self.layers.values():
+            layer.pool.prefetch([place for place in order if place in layer.factors.group_places])
 
     @property
     def _trace(self) -> Trace | None:
@@ -319,9 +279,9 @@ class RoutedModel(nn.Module):
         """
         only = None if modules is None or len(modules) == len(self.layers) else set(modules)
         with (
-            contextlib.suppress(_Enough),
+            contextlib.suppress(Enough),
             torch.no_grad(),
-            self._during(_Reading(note, only), input_ids),
+            self._during(Reading(note, only), input_ids),
         ):
             read_prompt(self.model, input_ids, attention_mask)
 
@@ -407,12 +367,12 @@ class RoutedModel(nn.Module):
 
     def _prepared(
         self, ids: Tensor, attention: Tensor | None, permitted: Tensor | None, chosen: Decision | None
-    ) -> _Acting:
+    ) -> Acting:
         real = torch.ones_like(ids) if attention is None else attention[:, -ids.shape[1] :]
         if self.granularity == "sequence" and chosen is None:
             chosen = self._choose(ids, attention, permitted)
         if chosen is None:
-            return _Acting(permitted, None, real.bool(), permitted is None or alike(permitted))
+            return Acting(permitted, None, real.bool(), permitted is None or alike(permitted))
         winner = chosen.winner.to(ids.device)
         if winner.shape != ids.shape[:1] or bool((winner >= len(self.bank.names)).any()):
             raise InputError("`chosen` is of another batch or bank", remedy="pass choose() of these rows")
@@ -420,11 +380,12 @@ class RoutedModel(nn.Module):
         if permitted is not None:  # a choice made under other rights does not outlive them
             acting = acting.narrowed(permitted)
         uniform = alike(acting.adapter) and (acting.weight is None or alike(acting.weight))
-        return _Acting(permitted, acting, real.bool(), uniform)
+        alone = int(acting.adapter[0, 0]) if uniform and acting.weight is None and acting.adapter.shape[0] > 0 else None
+        return Acting(permitted, acting, real.bool(), uniform, alone)
 
     @contextlib.contextmanager
-    def _during(self, task: _Acting | _Reading, ids: Tensor) -> Iterator[None]:
-        token = _CURRENT.set(_Current(self, task, (ids.shape[0], ids.shape[1])))
+    def _during(self, task: Acting | Reading, ids: Tensor) -> Iterator[None]:
+        token = _CURRENT.set(Current(self, task, (ids.shape[0], ids.shape[1])))
         try:
             yield
         finally:
@@ -445,7 +406,7 @@ class RoutedModel(nn.Module):
             return
         current.batch = (given.shape[0], given.shape[1])
         current.blocks = {}
-        if self.granularity == "evidence" and isinstance(current.task, _Acting) and current.task.chosen is None:
+        if self.granularity == "evidence" and isinstance(current.task, Acting) and current.task.chosen is None:
             cache, attention = named.get("past_key_values"), named.get("attention_mask")
             before = sums_of(cache) if isinstance(cache, Cache) else None
             if before is None and _cached_length(cache) > 0:
@@ -474,18 +435,28 @@ class RoutedModel(nn.Module):
             current = _CURRENT.get()
             if current is None or current.owner is not self:
                 return None
+            if not torch.is_autocast_enabled(x.device.type):  # leaving a context costs as much as a small product
+                return self._added(layer, x, current)
             with torch.autocast(x.device.type, enabled=False):
-                if isinstance(current.task, _Reading):
-                    return _told(current.task, layer, x)
-                flat = x.reshape(-1, x.shape[-1])
-                with torch.no_grad():
-                    choice = self._choice(layer, x, current, current.task)
-                added = layer.added(flat, choice)
-                return None if added is None else added.reshape(*x.shape[:-1], added.shape[1])
+                return self._added(layer, x, current)
 
         return compilable(delta, layer.factors.shape.out_features)
 
-    def _choice(self, layer: RoutedLayer, x: Tensor, current: _Current, task: _Acting) -> Choice:
+    def _added(self, layer: RoutedLayer, x: Tensor, current: Current) -> Tensor | None:
+        """What the pass adds to the layer's output."""
+        task = current.task
+        if isinstance(task, Reading):
+            return told(task, layer, x)
+        flat = x.reshape(-1, x.shape[-1])
+        if task.alone is not None:
+            added = layer.added_alone(flat, task.alone)
+        else:
+            with torch.no_grad():
+                choice = self._choice(layer, x, current, task)
+            added = layer.added(flat, choice)
+        return None if added is None else added.reshape(*x.shape[:-1], added.shape[1])
+
+    def _choice(self, layer: RoutedLayer, x: Tensor, current: Current, task: Acting) -> Choice:
         """Who acts on each token of this layer, and how much."""
         module, flat = layer.factors.module, x.reshape(-1, x.shape[-1])
         if not task.uniform:
@@ -529,18 +500,6 @@ def default_scorer(bank: AdapterBank) -> Scorer:
 
 def _prompts(bank: AdapterBank) -> PromptStatistics | None:
     return None if bank.statistics is None else bank.statistics.prompts
-
-
-def _told(reading: _Reading, layer: RoutedLayer, x: Tensor) -> None:
-    """Tell of one layer's input, unless nobody waits for it; end the pass when nobody waits for any other."""
-    if reading.waiting is None:
-        reading.note(layer, x)
-        return
-    if layer.factors.module in reading.waiting:
-        reading.note(layer, x)
-        reading.waiting.remove(layer.factors.module)
-        if not reading.waiting:
-            raise _Enough
 
 
 def _slots(bank: AdapterBank, memory: int) -> int:

@@ -90,6 +90,7 @@ class LiveBank:
         try:
             if bank_digest(self._folder) != self._now.digest:
                 fresh = self._opened()
+                fresh.model.prefetch(self._now.model.wins())  # or the first requests would wait for the disk again
                 with self._counting:
                     old, self._now = self._now, fresh
                     idle = old.requests == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench import DemoQualityRun, RoutingExactnessRun, Suite
+from treadle.configs.bench import DemoQualityRun, RandomBanks, RoutingExactnessRun, Suite
 from treadle.configs.demo import DemoRun
 from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.configs.toml import load_toml
@@ -23,6 +23,7 @@ from treadle.routing.bank_files import load_bank
 from treadle.routing.trace import Trace
 from treadle.train.settings import SftSettings
 
+RANDOM = RandomBanks(inner=8, outer=6, ranks=(1, 4), adapters=(9, 20), conditions=(1.0, 1e3), decisions=64)
 CONFIGURATIONS = Path(__file__).parents[3] / "benchmarks"
 
 
@@ -130,8 +131,16 @@ def test_a_suite_of_files_needs_the_folder(study: DemoQualityRun, tmp_path: Path
 
 
 def test_exactness_finds_no_wrong_decision_in_fp32_and_bf16(fleet_run: FleetRun, tmp_path: Path) -> None:
-    config = RoutingExactnessRun(fleet=fleet_run, decisions=2_000, quick_decisions=1_000)
+    config = RoutingExactnessRun(fleet=fleet_run, decisions=2_000, quick_decisions=1_000, random=RANDOM)
     result = routing_exactness(config, quick=True, work=tmp_path)
+    grid = [row for row in result.rows if "condition" in row]
+    assert [(row["rank"], row["adapters"], row["condition"]) for row in grid[::2]] == [
+        (1, 9, 1),
+        (1, 9, 1e3),
+        (4, 9, 1),
+        (4, 9, 1e3),
+    ]
+    assert all(row["decisions"] == 8 and row["wrong"] == 0 for row in grid)
     assert {(row["scorer"], row["dtype"]) for row in result.rows} == {
         (scorer, dtype) for scorer in ("seqr", "norm") for dtype in ("float32", "bfloat16")
     }
@@ -151,7 +160,9 @@ def test_exactness_counts_a_decision_that_is_wrong(
         last[:] = 1 - last.clamp_min(0)
 
     monkeypatch.setattr(Trace, "record", lying)
-    result = routing_exactness(RoutingExactnessRun(fleet=fleet_run, decisions=500, quick_decisions=500), work=tmp_path)
+    result = routing_exactness(
+        RoutingExactnessRun(fleet=fleet_run, decisions=500, quick_decisions=500, random=RANDOM), work=tmp_path
+    )
     assert result.metrics["wrong_decisions"].value > 400
     assert result.metrics["wrong_decisions"].holds is False
 

@@ -42,6 +42,7 @@ def test_a_bar_is_as_long_as_its_share_of_the_goal_and_says_whether_it_holds() -
             open=(1.0, "1", ">= 2", None),
             free=(12345.6, "decisions", None, None),
             zero=(0.0, "1", "<= 0", True),
+            missing=(None, "1", ">= 0.9", None),
         )
     )
     found = bars(chart)
@@ -55,6 +56,20 @@ def test_a_bar_is_as_long_as_its_share_of_the_goal_and_says_whether_it_holds() -
     assert found["1, goal >= 2: not judged"][1] not in (half[1], far[1])
     assert "12,346 decisions" in found
     assert found["0, goal <= 0: holds"][1] == half[1]
+    assert "not measured yet, goal &gt;= 0.9" in chart
+
+
+def test_quality_shows_every_arm_in_every_form_of_the_prompts() -> None:
+    means = {"task": "(mean)", "accuracy": 0.5, "low": 0.4, "high": 0.6, "seeds": 3}
+    rows: list[dict[str, object]] = [
+        {**means, "arm": arm, "condition": condition}
+        for arm in ("oracle", "arrow")
+        for condition in ("trained", "bare")
+    ]
+    rows.append({"task": "sst2", "arm": "oracle", "condition": "trained", "accuracy": 0.9})
+    chart = benchmark_chart(result_of("routing-quality", rows))
+    assert "arrow, bare: 0.500 over 3 seeds" in chart
+    assert "0.900" not in chart
 
 
 def test_exactness_shows_each_share_of_the_decisions() -> None:

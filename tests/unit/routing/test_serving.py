@@ -142,3 +142,23 @@ def test_a_version_that_cannot_be_opened_is_left_aside(folder: Path, tiny_llama:
         assert "beta" not in served.model.bank.names
     assert live.failure is None
     live.close()
+
+
+def test_a_new_version_has_at_hand_what_acted_most(
+    folder: Path, make: SimpleNamespace, tiny_llama: LlamaForCausalLM
+) -> None:
+    one = 4 * sum(factors.rank * factors.shape.out_features for factors in load_bank(folder).layers.values())
+    live = LiveBank(folder, lambda bank: RoutedModel(tiny_llama, bank, scorer="norm", memory=2 * one))
+    with live.request() as served, torch.inference_mode():
+        names, model = served.model.bank.names, served.model
+        for name, times in ((names[2], 3), (names[3], 2), (names[1], 1)):
+            for _ in range(times):
+                model(IDS[:1], chosen=model.chosen([name]))
+        wins = model.wins()
+    assert sorted(wins, key=lambda name: -wins[name]) == [names[2], names[3], names[1]]
+    save_bank(load_bank(folder).remove(names[0]), folder)
+    with live.request() as served:
+        places = [served.model.bank.names.index(name) for name in (names[2], names[3])]
+        for layer in served.model.layers.values():
+            assert sorted(layer.pool._holders) == sorted(places)
+    live.close()

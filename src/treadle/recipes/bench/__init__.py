@@ -11,6 +11,7 @@ from treadle import files
 from treadle.configs.bench import (
     DemoQualityRun,
     RoutingAttackRun,
+    RoutingCompositionRun,
     RoutingContinualRun,
     RoutingCostRun,
     RoutingExactnessRun,
@@ -25,6 +26,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
     demo_quality,
     routing_attack,
+    routing_composition,
     routing_continual,
     routing_cost,
     routing_exactness,
@@ -84,6 +86,18 @@ def _demo_quality_shown(config: DemoQualityRun, session: Session) -> BenchmarkRe
     return demo_quality.summary(config, _recorded(session.runs))
 
 
+def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return routing_composition.quick_routing_composition(config, work=session.work, progress=session.progress)
+    return routing_composition.routing_composition(
+        config, runs=session.runs, work=session.work, progress=session.progress
+    )
+
+
+def _routing_composition_shown(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
+    return routing_composition.summary(config, _recorded(session.runs))
+
+
 def _routing_attack(config: RoutingAttackRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return routing_attack.quick_routing_attack(config, work=session.work, progress=session.progress)
@@ -139,6 +153,7 @@ def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> Bench
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
+    "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, _routing_composition_shown),
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
     "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
     "routing-exactness": Benchmark(RoutingExactnessRun, _routing_exactness),

@@ -75,19 +75,20 @@ def _fleet(shape: LayerShapeRow, count: int) -> Fleet:
     return Fleet(base.requires_grad_(requires_grad=False), A, Bs, norms.mean(0), norms.std(0))
 
 
+def routed_layer(A: Tensor, Bs: Sequence[Tensor], mean: Tensor, std: Tensor) -> RoutedLayer:
+    """A layer routed among adapters of one A, (rank, inner), with B (out, rank) and these statistics of their norms."""
+    plan = RankPlan.uniform({_MODULE: LayerShape(A.shape[1], Bs[0].shape[0])}, rank=A.shape[0], scaling=1.0)
+    adapters = [
+        Adapter(f"a{place}", plan, {_MODULE: A}, {_MODULE: B}, "0", None, Provenance("random"))
+        for place, B in enumerate(Bs)
+    ]
+    factors = calibrated(build_factors(_MODULE, adapters), {"mean": mean, "std": std})
+    return RoutedLayer(factors, SCORERS["seqr"], slots=len(Bs))
+
+
 def _ours(fleet: Fleet) -> Peer:
     """The layer with the very hook of a routed model, less the hook's look at whose request it is."""
-    rank, count = fleet.A.shape[0], len(fleet.Bs)
-    plan = RankPlan.uniform(
-        {_MODULE: LayerShape(fleet.base.in_features, fleet.base.out_features)}, rank=rank, scaling=1.0
-    )
-    adapters = [
-        Adapter(f"a{place}", plan, {_MODULE: fleet.A}, {_MODULE: B}, "0", None, Provenance("random"))
-        for place, B in enumerate(fleet.Bs)
-    ]
-    statistics = {"mean": fleet.mean, "std": fleet.std}
-    factors = calibrated(build_factors(_MODULE, adapters), statistics)
-    layer, argmax = RoutedLayer(factors, SCORERS["seqr"], slots=count), Composition(1, 1.0)
+    layer, argmax = routed_layer(fleet.A, fleet.Bs, fleet.mean, fleet.std), Composition(1, 1.0)
 
     def delta(x: Tensor) -> Tensor | None:
         return layer.added(x, layer.choose(x, None, argmax, explained=False))

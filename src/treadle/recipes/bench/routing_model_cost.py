@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.configs.bench import RoutingModelCostRun
-from treadle.data.public_text import public_texts
+from treadle.data.public_text import public_prompts, public_texts
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -24,7 +24,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench.peers import single_lora_model
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.routing.bank import AdapterBank
-from treadle.routing.calibration import AnalyticCalibration
+from treadle.routing.calibration import PublicCalibration
 from treadle.routing.routed import Granularity, RoutedModel
 
 NAME = "routing-model-cost"
@@ -46,7 +46,8 @@ def routing_model_cost(
         progress(f"{count} adapters", done, len(counts))
         bank = random_bank(family, count, model, tokenizer, size=config.size, seed=config.seed)
         for granularity in config.granularities:
-            routed = RoutedModel(model, bank, granularity=granularity, memory=config.memory)
+            # Random adapters know nothing: let them act all the same, after the whole look that the default takes.
+            routed = RoutedModel(model, bank, granularity=granularity, abstain=0.999, memory=config.memory)
             try:
                 rows.append(_row(count, granularity, routed, peer, prompts, rounds))
             finally:
@@ -77,7 +78,7 @@ def random_bank(
     size: float,
     seed: int,
 ) -> AdapterBank:
-    """Random adapters, entries of deviation `size`, described in closed form, so that many of them are chosen."""
+    """Random adapters, entries of deviation `size`, calibrated on public prompts, so that many of them are chosen."""
     generator = torch.Generator().manual_seed(seed)
     adapters = [
         Adapter(
@@ -94,8 +95,7 @@ def random_bank(
         )
         for place in range(count)
     ]
-    text = public_texts("pydoc", limit=16, words=60, seed=seed + 1)
-    calibration = AnalyticCalibration(text.passages, name="pydoc")
+    calibration = PublicCalibration(public_prompts(limit=48, seed=seed + 1).passages, name="pydoc")
     return AdapterBank.build(family, adapters, calibration=calibration, model=model, tokenizer=tokenizer)
 
 
@@ -124,11 +124,10 @@ def _row(
             for prompt in prompts:
                 theirs.append(_timed(peer, prompt))
                 ours.append(_timed(routed, prompt))
-    chosen = torch.stack([layer.pool.wins for layer in routed.layers.values()]).sum(0).count_nonzero()
     return {
         "adapters": count,
         "granularity": granularity,
-        "chosen": int(chosen),
+        "chosen": len(routed.wins()),
         "prefill": median(t.prefill for t in ours),
         "decode": median(t.decode for t in ours),
         "lora_prefill": median(t.prefill for t in theirs),

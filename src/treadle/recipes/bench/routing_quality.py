@@ -217,14 +217,21 @@ class _Shares:
         return float(values[0].mean()), float(low), float(high)
 
     def share(self, arm: str, condition: str, reference: str) -> tuple[float, float, float] | None:
-        """(mean accuracy − base) / (reference − base), means over tasks and seeds; None where seeds are missing."""
+        """(mean accuracy − base) / (reference − base), means over tasks and seeds.
+
+        None where seeds are missing, or the reference gains nothing. Resamples in which it gains nothing are left out.
+        """
         if any(len(self.seeds(each, condition)) < len(self._config.seeds) for each in (arm, reference, "base")):
             return None
         ours, theirs, base = (self._means(each, condition) for each in (arm, reference, "base"))
         seeds = np.random.default_rng(1).integers(0, ours.shape[1], size=(ours.shape[0] - 1, ours.shape[1]))
         parts = [np.take_along_axis((each - base)[1:], seeds, 1).mean(1) for each in (ours, theirs)]
-        low, high = np.quantile(parts[0] / parts[1], [0.025, 0.975])
-        return float((ours - base)[0].mean() / (theirs - base)[0].mean()), float(low), float(high)
+        gain = float((theirs - base)[0].mean())
+        if gain <= 0.0:  # the reference gains nothing, so there is nothing to have a share of
+            return None
+        drawn = parts[0][parts[1] > 0.0] / parts[1][parts[1] > 0.0]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return float((ours - base)[0].mean()) / gain, float(low), float(high)
 
     def metric(self, condition: str, reference: str, goal: float) -> Metric:
         """The default's share as a metric; undecided while seeds are missing."""
