@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what a type checker and an editor see; at run time `__getattr__` does this work
-    from treadle.data.public_text import public_prompts as public_prompts
     from treadle.data.public_text import public_texts as public_texts
     from treadle.errors import TreadleError as TreadleError
     from treadle.family.adapter import Adapter as Adapter
@@ -37,7 +36,6 @@ _HOMES = {
     "linear_shapes": "treadle.family.injection",
     "load_model": "treadle.models.loading",
     "load_tokenizer": "treadle.models.loading",
-    "public_prompts": "treadle.data.public_text",
     "public_texts": "treadle.data.public_text",
 }
 
@@ -55,7 +53,6 @@ __all__ = [
     "linear_shapes",
     "load_model",
     "load_tokenizer",
-    "public_prompts",
     "public_texts",
 ]
 

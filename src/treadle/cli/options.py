@@ -28,7 +28,6 @@ Data = Annotated[
 
 # Spelled out, since help must not wait for torch; a test holds them to what the library knows.
 ScorerName = Literal[
-    "whitened",
     "seqr",
     "seqr-qr",
     "norm",

@@ -23,11 +23,8 @@ def route_command(
         typer.Option(help="One adapter a prompt, a token and layer, a block, or by the evidence so far."),
     ] = "sequence",
     scorer: Annotated[
-        ScorerName | None,
-        typer.Option(
-            help="How adapters are compared; whitened, or seqr where the calibration knows no public prompts."
-        ),
-    ] = None,
+        ScorerName, typer.Option(help="How adapters are compared; arrow, spectr and mean let several act.")
+    ] = "seqr",
     abstain: Annotated[
         float,
         typer.Option(

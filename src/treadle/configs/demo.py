@@ -48,6 +48,6 @@ class DemoRun(RunConfig):
             probe_words=12 if self.quick else 24,
             probe=PerturbationSettings(trials=1),
             sft=SftSettings(max_tokens=6_000 if self.quick else 15_000),
-            calibration_texts=96 if self.quick else 256,
+            calibration_texts=24 if self.quick else 64,
             device=self.device,
         )

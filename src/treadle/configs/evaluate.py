@@ -21,9 +21,6 @@ UNROUTED = ("base", "alone", "oracle")
 ROUTER = "linear"
 """The scorer that has to be trained."""
 
-DEFAULT = "default"
-"""The scorer that a routed model takes unless it is told."""
-
 
 @dataclass(frozen=True)
 class RoutedArm:
@@ -40,7 +37,7 @@ class RoutedArm:
 
 _SHORT: Mapping[str, RoutedArm] = {
     "token": RoutedArm("seqr", "token"),
-    "sequence": RoutedArm(DEFAULT, "sequence"),
+    "sequence": RoutedArm("seqr", "sequence"),
 }
 
 

@@ -24,7 +24,7 @@ class FleetSettings(RunConfig):
         examples: training examples a task, before the token budget cuts them; None for all.
         bare_share: share of the training examples shown without their instruction.
         sft: of every adapter; its seed is `seed`.
-        calibration_texts: passages of public text, framed as prompts, that the bank is calibrated on.
+        calibration_texts: passages of public text that the bank is calibrated on.
         calibration_words: words a passage.
         public: whether the tasks' data may be known; only then do the adapters carry a digest of them.
         device: "auto", "cpu", "cuda", …
@@ -41,8 +41,8 @@ class FleetSettings(RunConfig):
     examples: int | None = Field(default=None, ge=1)
     bare_share: float = Field(default=0.5, ge=0.0, le=1.0)
     sft: SftSettings = SftSettings(max_tokens=15_000)
-    calibration_texts: int = Field(default=256, ge=1)
-    calibration_words: int = Field(default=20, ge=1)
+    calibration_texts: int = Field(default=64, ge=1)
+    calibration_words: int = Field(default=60, ge=1)
     public: bool = False
     device: str = "auto"
 

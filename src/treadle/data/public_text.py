@@ -71,26 +71,17 @@ def public_texts(
         raise FormatError(
             "holds no passage of text", where=source, remedy="give a longer text or fewer words a passage"
         )
-    return _public(tuple(passages[:limit]), source)
+    chosen = tuple(passages[:limit])
+    return PublicText(chosen, source, hashlib.sha256(json.dumps(chosen).encode()).hexdigest())
 
 
-def _public(passages: tuple[str, ...], source: str) -> PublicText:
-    return PublicText(passages, source, hashlib.sha256(json.dumps(passages).encode()).hexdigest())
+def as_prompts(passages: Iterable[str], *, words: int = 20) -> tuple[str, ...]:
+    """The passages as requests to a language model: pieces of `words` words, around which `FORMS` take turns.
 
-
-def public_prompts(
-    source: str = "pydoc", *, limit: int = 256, words: int = 20, seed: int = 0, field: str = "text"
-) -> PublicText:
-    """Passages of `public_texts`, framed like requests to a language model: `FORMS` take turns.
-
-    What the scores of prompts are measured against should look like a prompt: a frame alone moves norms.
-
-    Raises:
-        InputError, FormatError: see `public_texts`.
+    What the scores of prompts are measured against should look like prompts: a frame alone moves norms.
     """
-    text = public_texts(source, limit=limit, words=words, seed=seed, field=field)
-    framed = (FORMS[place % len(FORMS)].replace("{}", passage) for place, passage in enumerate(text.passages))
-    return _public(tuple(framed), source)
+    pieces = [piece for passage in passages for piece in tuple(_cut([passage], words)) or (passage,)]
+    return tuple(FORMS[place % len(FORMS)].replace("{}", piece) for place, piece in enumerate(pieces))
 
 
 def overlap(public: Iterable[str], examples: Iterable[str]) -> float:

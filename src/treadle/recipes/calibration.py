@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from treadle import files
-from treadle.data.public_text import field_texts, public_prompts, public_texts
+from treadle.data.public_text import field_texts, public_texts
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
@@ -29,7 +29,7 @@ _AGGREGATES = ".safetensors"
 
 @dataclass(frozen=True)
 class PublicSource:
-    """One public text for every adapter, its passages framed as prompts.
+    """One public text for every adapter.
 
     Attributes:
         text: "pydoc", the language reference that every Python carries; a .txt file; or a source of `read_rows`.
@@ -41,8 +41,8 @@ class PublicSource:
     """
 
     text: str = "pydoc"
-    limit: int = 256
-    words: int = 20
+    limit: int = 200
+    words: int = 60
     seed: int = 0
     field: str = "text"
     method: Literal["public", "analytic"] = "public"
@@ -88,9 +88,7 @@ def calibration_of(source: PublicSource | OwnSource, names: Sequence[str]) -> Ca
         FormatError: a file is damaged or empty.
     """
     if isinstance(source, PublicSource):
-        found = public_prompts(
-            source.text, limit=source.limit, words=source.words, seed=source.seed, field=source.field
-        )
+        found = public_texts(source.text, limit=source.limit, words=source.words, seed=source.seed, field=source.field)
         kind = AnalyticCalibration if source.method == "analytic" else PublicCalibration
         return kind(found.passages, name=_label(source.text))
     missing = [name for name in names if name not in source.texts]

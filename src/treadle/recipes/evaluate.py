@@ -5,7 +5,7 @@ for each task and condition:
     alone:NAME              one adapter everywhere
     SCORER:GRANULARITY      who acts is chosen by a scorer, as often as the granularity says
     token                   SEQR as published: z-scored argmax a token and layer
-    sequence                one adapter a prompt, by the scorer that a routed model takes by default
+    sequence                one adapter a prompt, as a routed model does by default
     oracle                  the task's own adapter alone
 """
 
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.configs.evaluate import DEFAULT, ROUTER, UNROUTED, EvaluateRun, routed_arm
+from treadle.configs.evaluate import ROUTER, UNROUTED, EvaluateRun, routed_arm
 from treadle.data.prompts import Example
 from treadle.data.tasks import Condition, Task, load_task
 from treadle.evaluation.answers import Answering, batches, correct, encoded_prompts
@@ -27,7 +27,7 @@ from treadle.recipes.bases import loaded_base
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
 from treadle.routing.decision import BASE
-from treadle.routing.routed import Granularity, RoutedModel, default_scorer
+from treadle.routing.routed import Granularity, RoutedModel
 from treadle.routing.scorers import Scorer, scorer_of
 from treadle.routing.scorers.linear import LinearRouter, fit, linear
 
@@ -216,17 +216,10 @@ def _scorers(
 ) -> dict[str, Scorer]:
     """The scorers of the run's arms by name; those that need a calibration are left out where there is none."""
     names = {routed_arm(arm).scorer for arm in config.arms if arm not in UNROUTED}
-    found = {name: scorer_of(name) for name in names - {ROUTER, DEFAULT}}
-    if DEFAULT in names:
-        found[DEFAULT] = default_scorer(bank)
+    found = {name: scorer_of(name) for name in names - {ROUTER}}
     if ROUTER in names:
         found[ROUTER] = linear(_router(bank, model, tokenizer, tasks, config, progress), bank)
-    prompts = bank.statistics is not None and bank.statistics.prompts is not None
-    return {
-        name: scorer
-        for name, scorer in found.items()
-        if (bank.statistics is not None or not scorer.calibrated) and (prompts or not scorer.weighs_layers)
-    }
+    return {name: scorer for name, scorer in found.items() if bank.statistics is not None or not scorer.calibrated}
 
 
 def _router(
@@ -351,7 +344,7 @@ def choices(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    scorer: str | Scorer | None = None,
+    scorer: str | Scorer = "seqr",
 ) -> list[int]:
     """The place of the adapter that `sequence` chooses for each prompt, `BASE` for none."""
     routed = RoutedModel(model, bank, scorer=scorer, granularity="sequence")

@@ -30,7 +30,7 @@ class RouteSettings:
     """How a prompt is routed.
 
     Attributes:
-        scorer: one of `treadle.routing.scorers.SCORERS`, or "linear"; None for the routed model's default.
+        scorer: one of `treadle.routing.scorers.SCORERS`, or "linear".
         granularity: how often it chooses, see `RoutedModel`.
         permitted: the adapters that the caller may use; None permits all, an empty set leaves the base.
         max_new_tokens: how far to continue the prompt, greedily; 0 does not.
@@ -42,7 +42,7 @@ class RouteSettings:
         abstain: see `RoutedModel`.
     """
 
-    scorer: str | None = None
+    scorer: str = "seqr"
     granularity: Granularity = "sequence"
     permitted: frozenset[str] | None = None
     max_new_tokens: int = 32
@@ -169,14 +169,14 @@ def route(
     said, plain = _continuations(model, tokenizer, ids, asked, progress)
     adapters = tuple(n for n in bank.names if asked.permitted is None or n in asked.permitted)
     # A mean of all adapters has nothing to choose by sequence; policy and log are the operator's.
-    used = replace(asked, scorer=model.scorer.name, granularity=model.granularity, question=None, log=None, router=None)
+    used = replace(asked, granularity=model.granularity, question=None, log=None, router=None)
     return RouteResult(
         folder.resolve().name, bank.family.base.name, text, used, adapters, choice, tokens, layers, said, plain
     )
 
 
-def _scorer(asked: RouteSettings, bank: AdapterBank) -> str | Scorer | None:
-    """The scorer by name, or the trained one; None for the default."""
+def _scorer(asked: RouteSettings, bank: AdapterBank) -> str | Scorer:
+    """The scorer by name, or the trained one."""
     if (asked.scorer == "linear") != (asked.router is not None):
         raise InputError("scorer 'linear' and a router belong together", remedy="give both or neither")
     return asked.scorer if asked.router is None else linear(LinearRouter.load(asked.router), bank)

@@ -19,8 +19,7 @@ class Evidence:
 
     Attributes:
         names: the permitted adapters, in the bank's order.
-        tokens: score over the layers that choose at each token, weighed as the scorer weighs them; NaN where an adapter
-            is eligible nowhere.
+        tokens: mean score over the layers that choose at each token; NaN where an adapter is eligible nowhere.
         running: mean of that over the counted tokens so far; its last row decides for `sequence`.
         layers: module → mean score over the counted tokens, NaN where an adapter is not eligible.
         counted: which tokens count: not the special ones.
@@ -56,11 +55,10 @@ def prompt_evidence(
     sums = torch.stack([tally.sums for tally in tallies.values()]).sum(0)
     counts = torch.stack([tally.counts for tally in tallies.values()]).sum(0)
     weighted = weight[:, None].double()
-    centre = 0.0 if model.weights is None else model.weights.choosing.centre[keep]
     return Evidence(
         tuple(name for name, kept in zip(bank.names, keep.tolist(), strict=True) if kept),
-        sums / counts - centre,
-        (sums * weighted).cumsum(0) / (counts * weighted).cumsum(0) - centre,
+        sums / counts,
+        (sums * weighted).cumsum(0) / (counts * weighted).cumsum(0),
         {
             module: (tally.sums * weighted).sum(0) / (tally.counts * weighted).sum(0)
             for module, tally in tallies.items()
@@ -71,7 +69,7 @@ def prompt_evidence(
 
 @dataclass(frozen=True)
 class _Tally:
-    """One layer's scores of the prompt, (tokens, permitted adapters): weighted sums over its calls, and the weights."""
+    """One layer's scores of the prompt, (tokens, permitted adapters): sums over its calls, and how many."""
 
     sums: Tensor
     counts: Tensor
@@ -84,12 +82,6 @@ def _read(model: RoutedModel, input_ids: Tensor, keep: Tensor) -> dict[str, _Tal
     allowed = keep.to(input_ids.device)
 
     def note(layer: RoutedLayer, x: Tensor) -> None:
-        weight = torch.ones(width, dtype=torch.float64)
-        if model.weights is not None:
-            known = model.weights.choosing.weight.get(layer.factors.module)
-            if known is None:  # a layer that does not choose
-                return
-            weight = known[keep].nan_to_num()
         flat = x.reshape(-1, x.shape[-1])
         permitted = allowed.expand(flat.shape[0], -1)
         value = model.scorer.scores(layer.factors, flat, permitted).value[:, allowed].double().cpu()
@@ -98,11 +90,11 @@ def _read(model: RoutedModel, input_ids: Tensor, keep: Tensor) -> dict[str, _Tal
         tally = found.setdefault(
             layer.factors.module, _Tally(torch.zeros(length, width).double(), torch.zeros(length, width).double())
         )
-        scored, number = torch.where(there, value, 0.0) * weight, there * weight
+        scored, number = torch.where(there, value, 0.0), there.double()
         if flat.shape[0] != length:
             scored, number = scored.sum(0, keepdim=True), number.sum(0, keepdim=True)
         tally.sums[place] += scored
         tally.counts[place] += number
 
-    model.read(input_ids, torch.ones_like(input_ids), note, modules=model.judging)
+    model.read(input_ids, torch.ones_like(input_ids), note, modules=model.choosing)
     return found

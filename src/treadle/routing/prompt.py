@@ -1,14 +1,14 @@
-"""The mean score of a prompt over its tokens and all layers: what `sequence` chooses by."""
+"""The mean score of a prompt over its tokens and layers: what `sequence` chooses by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from treadle.algebra import FP32_UNIT, FP64_UNIT
-from treadle.routing.calibration.prompts import LayerWeights, PromptStatistics
+from treadle.algebra import FP32_UNIT
+from treadle.routing.calibration.prompts import PromptStatistics
 from treadle.routing.decision import contenders, settled
 from treadle.routing.layer import RoutedLayer
 from treadle.routing.rows import check_rows, spread
@@ -26,9 +26,10 @@ class PromptTotals:
         value: of the scores.
         lower: of their lower bounds.
         upper: of their upper bounds.
-        known: of the scores that tell whether a prompt looks like the bank's, less their centre; 0 without weights.
+        known: weighted sums that tell whether a prompt looks like the bank's; 0 without `prompts`.
         counts: how many scores each sum has.
-        weights: how layers add up; None for their plain mean.
+        choosing: the modules whose mean score chooses.
+        prompts: how all modules add up to what is known; None where nobody asks.
     """
 
     counted: Bool[Tensor, "rows tokens"]
@@ -38,18 +39,20 @@ class PromptTotals:
     upper: Float[Tensor, "rows adapters"]
     known: Float[Tensor, "rows adapters"]
     counts: Float[Tensor, "rows adapters"]
-    weights: PromptStatistics | None
+    choosing: Collection[str]
+    prompts: PromptStatistics | None
 
     @staticmethod
     def empty(
         counted: Bool[Tensor, "rows tokens"],
         permitted: Bool[Tensor, "rows adapters"] | None,
         adapters: int,
-        weights: PromptStatistics | None = None,
+        choosing: Collection[str],
+        prompts: PromptStatistics | None,
     ) -> "PromptTotals":
         """Totals of nothing."""
         zero = torch.zeros(counted.shape[0], adapters, dtype=torch.float64, device=counted.device)
-        return PromptTotals(counted, permitted, zero, zero, zero, zero, zero, weights)
+        return PromptTotals(counted, permitted, zero, zero, zero, zero, zero, choosing, prompts)
 
     def add(self, layer: RoutedLayer, x: Tensor, settle: Tensor | None) -> None:
         """Add one layer's scores of its input x.
@@ -78,17 +81,12 @@ class PromptTotals:
             sums = list(_bounds(layer, layer.table, flat, mask))
         home = self.counts.device
         sums, there = [torch.where(layer.eligible, part, 0.0).to(home) for part in sums], there.to(home)
-        if self.weights is not None:
-            module, tokens_there = layer.factors.module, there.clamp_min(1)
-            known = _weights(self.weights.knowing, module, home)
-            if known is not None:
-                self.known = self.known + sums[0] / tokens_there * known
-            weight = _weights(self.weights.choosing, module, home)
-            if weight is None:
-                return
-            value, one, other = (part / tokens_there * weight for part in sums)
-            sums = [value, torch.minimum(one, other), torch.maximum(one, other)]
-            there = there * (weight != 0)
+        module = layer.factors.module
+        if self.prompts is not None and module in self.prompts.weight:
+            weight = self.prompts.weight[module].to(home).nan_to_num()
+            self.known = self.known + sums[0] / there.clamp_min(1) * weight
+        if module not in self.choosing:
+            return
         self.value, self.lower, self.upper = self.value + sums[0], self.lower + sums[1], self.upper + sums[2]
         self.counts = self.counts + there
 
@@ -97,23 +95,18 @@ class PromptTotals:
         return self.counts > 0 if self.permitted is None else (self.counts > 0) & self.permitted
 
     def known_scores(self) -> Float[Tensor, "rows adapters"] | None:
-        """How much the prompts look like each adapter's, -inf as in `means`; None without weights."""
-        if self.weights is None:
+        """How much the prompts look like each adapter's, in deviations of public prompts, -inf where nothing is known.
+
+        None where nobody asks.
+        """
+        if self.prompts is None:
             return None
-        centre = self.weights.knowing.centre.to(self.known.device)
+        centre = self.prompts.centre.to(self.known.device)
         return torch.where(self._allowed & ~centre.isnan(), self.known - centre, -torch.inf)
 
     def means(self) -> Scores:
         """Mean scores and their bounds, -inf for an adapter that is forbidden, or eligible nowhere."""
         allowed = self._allowed
-        if self.weights is not None:
-            centre = self.weights.choosing.centre.to(self.value.device)
-            allowed = allowed & ~centre.isnan()
-            # Every part was rounded a few times on its way here, in float64 and on numbers of the sums' own size.
-            slack = 64.0 * FP64_UNIT * (self.lower.abs() + self.upper.abs() + centre.abs())
-            bounds = (self.value - centre, self.lower - centre - slack, self.upper - centre + slack)
-            value, lower, upper = (torch.where(allowed, part, -torch.inf) for part in bounds)
-            return Scores(value, lower, upper)
         number = self.counts.clamp_min(1.0)
         value, lower, upper = (
             torch.where(allowed, part / number, -torch.inf) for part in (self.value, self.lower, self.upper)
@@ -148,12 +141,6 @@ def prompt_means(
         return scores.value, disputed, known
     rivals &= disputed[:, None]
     return torch.where(rivals, totals(rivals).means().value, scores.value), disputed, known
-
-
-def _weights(weights: LayerWeights, module: str, device: torch.device) -> Tensor | None:
-    """One layer's weights, 0 where they are unknown; None where it counts for nobody."""
-    found = weights.weight.get(module)
-    return None if found is None else found.to(device).nan_to_num()
 
 
 def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from treadle.routing.abstention import LEVEL, abstained, chances
 from treadle.routing.access import Permitted, permitted_mask
 from treadle.routing.bank import AdapterBank
 from treadle.routing.blocks import block_of, prompt_layers
-from treadle.routing.calibration import PromptStatistics, counted, positions, read_prompt, wants_positions
+from treadle.routing.calibration import counted, positions, read_prompt, wants_positions
 from treadle.routing.compiled import compilable
 from treadle.routing.decision import BASE, Decision, Mixture, best, ranked
 from treadle.routing.latents import Latents
@@ -50,18 +50,18 @@ class RoutedModel(nn.Module):
     Args:
         model: the base that the bank was built for: causal LM, encoder, or encoder–decoder; put into eval mode.
         bank: the adapters.
-        scorer: "seqr" (the article's), another of `scorers.SCORERS`, or one made by `fixed` or `linear`. None is
-            "whitened" where the bank knows public prompts, and "seqr" otherwise.
+        scorer: "seqr" (the article's), another of `scorers.SCORERS`, or one made by `fixed` or `linear`.
         granularity: "token": the article's choice a token and layer. "layer": the first adapted layer of a block
             chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
             pass whose sums travel with the KV cache; decoders only. "sequence": the base reads the prompt once, the
-            mean score over its tokens and layers chooses one adapter, which then acts everywhere. The scorer "mean"
+            mean score over its tokens and the layers of the first half of the blocks chooses one adapter, which then
+            acts everywhere. The scorer "mean"
             chooses nothing, so it is always "token".
         top_k: how many of the best permitted adapters act, 0 for all; None for what the scorer's article does.
         temperature: of the softmax over their scores, above 0.
         abstain: the base acts alone on a prompt that looks like the bank's with a higher chance than this among public
             prompts (see `abstention`); 1 leaves none to it, and reads only half of the blocks to choose. Only the
-            scorer "whitened" by `sequence` asks.
+            scorer "seqr" by `sequence` asks, of a bank calibrated by `public`.
         memory: bytes of lora_B held at once, at least those of one adapter.
 
     Raises:
@@ -76,7 +76,7 @@ class RoutedModel(nn.Module):
         model: PreTrainedModel,
         bank: AdapterBank,
         *,
-        scorer: str | Scorer | None = None,
+        scorer: str | Scorer = "seqr",
         granularity: Granularity = "sequence",
         top_k: int | None = None,
         temperature: float = 1.0,
@@ -94,22 +94,16 @@ class RoutedModel(nn.Module):
             raise InputError("top_k must be 0 or more and temperature above 0", remedy="leave them out")
         if not 0.0 <= abstain <= 1.0:
             raise InputError(f"abstain is {abstain}", remedy="give a chance from 0 to 1")
-        self.scorer = default_scorer(bank) if scorer is None else scorer_of(scorer)
+        self.scorer = scorer_of(scorer)
         if self.scorer.prompt is not None and granularity != "sequence":
             raise InputError(f"{self.scorer.name!r} scores whole prompts", remedy="use granularity 'sequence'")
         if self.scorer.calibrated and bank.statistics is None:
             raise InputError("the bank is not calibrated", remedy="calibrate it, or use scorer 'norm'")
-        if self.scorer.weighs_layers and _prompts(bank) is None:
-            raise InputError(
-                "the bank's calibration knows no public prompts",
-                remedy="calibrate it by `public`, or use scorer 'seqr'",
-            )
         bank.check_model(model)
         self.model = model.eval()
         self.bank = bank
         self.granularity: Granularity = granularity if self.scorer.name != "mean" else "token"
         self.abstain = abstain
-        self.weights = _prompts(bank) if self.scorer.weighs_layers else None
         self.composition = Composition(self.scorer.top_k if top_k is None else top_k, temperature)
         targets = adapted_layers(model, {module: layer.shape for module, layer in bank.layers.items()})
         slots = _slots(bank, memory)
@@ -120,9 +114,10 @@ class RoutedModel(nn.Module):
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
         self._of_prompt = prompt_modules(model, targets)
-        # Choosing needs the leading blocks alone; knowing whether to choose at all needs the others too.
-        leading, everything = prompt_layers(model, bank.layers)
-        self.judging = leading if self.weights is not None and abstain == 1.0 else everything
+        self.choosing, everything = prompt_layers(model, bank.layers)
+        # Choosing takes the leading blocks alone; knowing whether to choose at all takes the others too.
+        self._prompts = bank.statistics.prompts if bank.statistics and self.scorer.abstains and abstain < 1.0 else None
+        self._reading = self.choosing if self._prompts is None else everything
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
         self._watches = (
             model.register_forward_pre_hook(self._watched, with_kwargs=True),
@@ -201,8 +196,8 @@ class RoutedModel(nn.Module):
         if self.composition.mixes:
             together = mixture(value, self.composition.top_k, self.composition.temperature)
             decision = replace(decision, together=together)
-        if self.weights is not None and known is not None:
-            decision = abstained(decision, chances(known, self.weights.public, permitted), self.abstain)
+        if self._prompts is not None and known is not None:
+            decision = abstained(decision, chances(known, self._prompts.public, permitted), self.abstain)
         if self._trace is not None:
             self._trace.choose(decision)
         return decision
@@ -215,9 +210,9 @@ class RoutedModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `prompt_means`."""
         mask = self._counted(input_ids, attention)
-        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self.weights)
+        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self.choosing, self._prompts)
         return prompt_means(
-            lambda note: self.read(input_ids, attention, note, modules=self.judging),
+            lambda note: self.read(input_ids, attention, note, modules=self._reading),
             empty,
             exact=self.scorer.form is not None,
         )
@@ -491,15 +486,6 @@ class RoutedModel(nn.Module):
             return Choice(Mixture.of(best(scores)), latents, None)
         decision = ranked(scores, torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device))
         return Choice(Mixture.of(decision.winner), latents, decision)
-
-
-def default_scorer(bank: AdapterBank) -> Scorer:
-    """The best scorer that the bank's calibration allows: what a routed model takes unless it is told."""
-    return scorer_of("seqr" if _prompts(bank) is None else "whitened")
-
-
-def _prompts(bank: AdapterBank) -> PromptStatistics | None:
-    return None if bank.statistics is None else bank.statistics.prompts
 
 
 def _slots(bank: AdapterBank, memory: int) -> int:

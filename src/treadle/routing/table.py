@@ -82,7 +82,7 @@ class ScoreTable:
         slack: (adapters,), of each one's group, float64.
         doubtful: (adapters,), whose numbers are beyond what float32 can be trusted with; None where nobody's are.
         widest: the largest abs(centre) of the eligible.
-        lone: for single tokens; None on other devices than processors, with more than one A, or where some are doubtful.
+        lone: for single tokens; None off the processor, with more than one A, or where some are doubtful.
     """
 
     groups: tuple[TableGroup, ...]

@@ -8,7 +8,7 @@ from treadle.routing.decision import BASE, Decision, Mixture
 PUBLIC = torch.tensor([[0.0, 3.0], [1.0, -1.0], [2.0, 0.0], [torch.nan, torch.nan]], dtype=torch.float64)
 
 
-def test_a_chance_counts_the_public_prompts_that_score_as_high() -> None:
+def test_a_chance_counts_the_public_prompts_that_reach_the_score() -> None:
     value = torch.tensor([[2.0, -9.0], [4.0, 0.0], [-5.0, -6.0]]).double()
     # The best public scores are 3, 1, 2 and nobody's: of the last nothing is known, so it reaches no score.
     assert chances(value, PUBLIC, None).tolist() == [3 / 5, 1 / 5, 4 / 5]

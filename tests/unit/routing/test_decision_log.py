@@ -34,7 +34,7 @@ def test_a_line_a_row_says_who_acted_and_how_many_might_not(
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), granularity=granularity, abstain=1.0)
+    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), granularity=granularity, abstain=0.999)
     context = LogContext(tmp_path / "log" / "decisions.jsonl", "b" * 64, "p" * 64)
     with logged(model, context, REQUESTS, ALLOWED) as trace:
         model(IDS, permitted=ALLOWED)

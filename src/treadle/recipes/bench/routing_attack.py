@@ -20,7 +20,7 @@ from torch import Tensor
 from treadle.configs.bench import RoutingAttackRun
 from treadle.configs.fleet import FleetRun
 from treadle.data.prompts import Example
-from treadle.data.public_text import public_prompts
+from treadle.data.public_text import public_texts
 from treadle.evaluation.answers import Answering, batches, encoded_prompts
 from treadle.family.adapter import Adapter, Provenance
 from treadle.progress import Progress, silent
@@ -47,10 +47,10 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class _Routing:
-    """A way of routing that is attacked; `scorer` None is the default one."""
+    """A way of routing that is attacked."""
 
     name: str
-    scorer: str | None
+    scorer: str
     granularity: Granularity
     calibration: str
     abstain: float = LEVEL
@@ -59,9 +59,10 @@ class _Routing:
 _BY: tuple[Granularity, Granularity] = ("sequence", "token")
 ROUTINGS = (
     *(_Routing(f"norm:{by}", "norm", by, "public") for by in _BY),
-    *(_Routing(f"seqr:{by}, {text}", "seqr", by, text) for text in ("own", "public", "analytic") for by in _BY),
-    _Routing(DEFAULT, None, "sequence", "public"),
-    _Routing("default, never the base", None, "sequence", "public", abstain=1.0),
+    *(_Routing(f"seqr:{by}, {text}", "seqr", by, text) for text in ("own", "analytic") for by in _BY),
+    _Routing("seqr:token, public", "seqr", "token", "public"),
+    _Routing(DEFAULT, "seqr", "sequence", "public"),
+    _Routing("default, never the base", "seqr", "sequence", "public", abstain=1.0),
 )
 _COUNTS: tuple[str, ...] = ("decisions", "barred", "captured", "kept", "captured_unpermitted")
 
@@ -153,7 +154,7 @@ class _Attacked:
     def _banks(self) -> dict[str, AdapterBank]:
         """Calibration → a bank of all honest and malicious adapters; nobody's numbers depend on who else is there."""
         fleet, grown, known = self.fleet, self.grown, self.config.known
-        text = public_prompts(limit=grown.calibration_texts, words=grown.calibration_words, seed=grown.seed + 1)
+        text = public_texts("pydoc", limit=grown.calibration_texts, words=grown.calibration_words, seed=grown.seed + 1)
         public, members = self._moments(text.passages), list(fleet.bank.adapters)
         own = {
             task.name: [f"{row.prompt}{row.completion}" for row in training_examples(grown, task)[:known]]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.configs.bench import RoutingContinualRun
 from treadle.data.prompts import Example
-from treadle.data.public_text import public_prompts
+from treadle.data.public_text import public_texts
 from treadle.data.tasks import Task
 from treadle.evaluation.answers import Answering, correct
 from treadle.family.adapter import Adapter
@@ -163,7 +163,7 @@ class _Study:
     def _calibrated(self, adapter: Adapter) -> AdapterBank:
         """A bank of this adapter alone, calibrated on the fleet's public text."""
         fleet = self.config.fleet
-        text = public_prompts(limit=fleet.calibration_texts, words=fleet.calibration_words, seed=fleet.seed + 1)
+        text = public_texts("pydoc", limit=fleet.calibration_texts, words=fleet.calibration_words, seed=fleet.seed + 1)
         return AdapterBank.build(
             self.fleet.family,
             [adapter],

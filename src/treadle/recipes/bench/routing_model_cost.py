@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.configs.bench import RoutingModelCostRun
-from treadle.data.public_text import public_prompts, public_texts
+from treadle.data.public_text import public_texts
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -95,7 +95,7 @@ def random_bank(
         )
         for place in range(count)
     ]
-    calibration = PublicCalibration(public_prompts(limit=48, seed=seed + 1).passages, name="pydoc")
+    calibration = PublicCalibration(public_texts(limit=16, seed=seed + 1).passages, name="pydoc")
     return AdapterBank.build(family, adapters, calibration=calibration, model=model, tokenizer=tokenizer)
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from treadle.data.public_text import as_prompts
 from treadle.family.adapter import Adapter
 from treadle.progress import Progress, silent
 from treadle.routing.blocks import prompt_layers
@@ -13,7 +13,7 @@ from treadle.routing.calibration.analytic import AnalyticCalibration, closed_for
 from treadle.routing.calibration.moments import LatentMoments
 from treadle.routing.calibration.norms import read_norms
 from treadle.routing.calibration.own import OwnCalibration
-from treadle.routing.calibration.prompts import prompt_statistics
+from treadle.routing.calibration.prompts import PromptStatistics, prompt_statistics
 from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Statistics
 from treadle.routing.calibration.text import ignored_tokens, longest_passage, text_batches, texts_digest
@@ -57,7 +57,7 @@ def calibrate(
     mean = {module: torch.full((len(adapters),), torch.nan, dtype=torch.float64) for module in layers}
     std = {module: torch.full((len(adapters),), torch.nan, dtype=torch.float64) for module in layers}
     moments: dict[str, LatentMoments] = {}
-    passages: dict[tuple[str, int], Tensor] = {}
+    prompts: PromptStatistics | None = None
     tokens = 0
     for texts, mine in _shared_texts(calibration, adapters).items():
         batches = text_batches(tokenizer, texts, longest=longest_passage(model))
@@ -66,14 +66,16 @@ def calibrate(
             rows, counts = _closed_forms(layers, mine, latents), [groups[0].count for groups in latents.values()]
             moments = _of_family(layers, adapters, latents)
         else:
-            public = isinstance(calibration, PublicCalibration)
-            found = read_norms(model, layers, mine, batches, ignored, progress, by_passage=public)
+            found = read_norms(model, layers, mine, batches, ignored, progress)
             rows = {key: (moment.mean.item(), moment.std.item()) for key, moment in found.moments.items()}
             counts = [moment.count for moment in found.moments.values()]
-            passages = found.passages
         for (module, place), row in rows.items():
             mean[module][place], std[module][place] = row
         tokens = max(tokens, *counts)
+    if isinstance(calibration, PublicCalibration):
+        framed = text_batches(tokenizer, as_prompts(calibration.texts), longest=longest_passage(model))
+        means = read_norms(model, layers, range(len(adapters)), framed, ignored, progress, by_passage=True).passages
+        prompts = prompt_statistics(means, mean, std, prompt_layers(model, layers)[1])
     return Statistics(
         mean,
         std,
@@ -84,7 +86,7 @@ def calibrate(
         ignored,
         tuple(adapter.digest for adapter in adapters),
         moments,
-        prompt_statistics(passages, mean, std, *prompt_layers(model, layers)) if passages else None,
+        prompts,
     )
 
 

@@ -1,15 +1,12 @@
-"""What public prompts say about layers: how their scores of a prompt should add up, and how common a score is.
+"""How common a prompt's score is among public prompts: what tells a prompt for the bank from one for nobody.
 
 A prompt has one mean z-score a layer. Over prompts these scores vary together, by how much depends on the layer, and
 an adapter's own prompts raise them all. For a common shift of variables with covariance C the best linear score has
 the weights C⁻¹1 (generalised least squares; Fisher's discriminant for that shift), so layers that only repeat what
 others say, or that any prompt moves, count less. C is of public prompts, shrunk towards a multiple of the identity.
 
-Two scores of one kind: *choosing* takes the leading blocks, which tell adapters apart best; *knowing* takes all, which
-tell the bank's prompts from foreign ones best. docs/log.md has what they were chosen against.
-
 Reference: Aitken 1935; Ledoit and Wolf 2004 for the shape of the shrinkage. Deviation: its share is fixed, not
-estimated: it was chosen on validation prompts for what it does to routing.
+estimated. docs/log.md says what the weights were tried against, and that they do not help to choose among adapters.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -26,37 +23,23 @@ SHRINKAGE = 0.7
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """A weighted sum of layers' mean z-scores; every adapter has its own.
+class PromptStatistics:
+    """How an adapter's layers add up to a score in deviations of public prompts, and what those score.
 
     Attributes:
         weight: module → (adapters,), 0 or NaN where a layer does not count.
-        centre: (adapters,), what the sum is for public prompts on average; NaN where nothing is known.
+        centre: (adapters,), of the weighted sum over public prompts; NaN for an adapter of which nothing is known.
+        public: (prompts, adapters), the score of each public prompt, less the centre; NaN where unknown.
     """
 
     weight: Mapping[str, Float[Tensor, " adapters"]]
     centre: Float[Tensor, " adapters"]
-
-
-@dataclass(frozen=True)
-class PromptStatistics:
-    """What public prompts say about layers.
-
-    Attributes:
-        choosing: the score that adapters are compared by.
-        knowing: the score that says whether a prompt looks like anything in the bank, in deviations of public prompts.
-        public: (prompts, adapters), the knowing score of each public prompt; NaN where unknown.
-    """
-
-    choosing: LayerWeights
-    knowing: LayerWeights
     public: Float[Tensor, "prompts adapters"]
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, the last dimension that of the adapters."""
-        found = {"choosing": self.choosing.centre, "knowing": self.knowing.centre, "public": self.public}
-        found |= {f"choosing/{module}": values for module, values in self.choosing.weight.items()}
-        return found | {f"knowing/{module}": values for module, values in self.knowing.weight.items()}
+        found = {"centre": self.centre, "public": self.public}
+        return found | {f"weight/{module}": values for module, values in self.weight.items()}
 
     @staticmethod
     def of_tensors(tensors: Mapping[str, Tensor]) -> "PromptStatistics":
@@ -65,66 +48,45 @@ class PromptStatistics:
         Raises:
             KeyError: something is missing.
         """
-
-        def weights(kind: str) -> LayerWeights:
-            found = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
-            return LayerWeights(found, tensors[kind])
-
-        return PromptStatistics(weights("choosing"), weights("knowing"), tensors["public"])
+        weight = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith("weight/")}
+        return PromptStatistics(weight, tensors["centre"], tensors["public"])
 
 
 def prompt_statistics(
     passages: Mapping[tuple[str, int], Float[Tensor, " prompts"]],
     mean: Mapping[str, Float[Tensor, " adapters"]],
     std: Mapping[str, Float[Tensor, " adapters"]],
-    leading: Collection[str],
     reading: Collection[str],
 ) -> PromptStatistics:
     """The statistics of public prompts; every adapter's are computed apart, so that no other moves a bit of them.
 
     Args:
         passages: (module, place in the bank) → the mean norm of each prompt.
-        mean: module → of the norms of all tokens.
+        mean: module → of the norms of all tokens of the calibration text.
         std: likewise their deviation.
-        leading: the modules that choose.
-        reading: all modules that see a prompt.
+        reading: the modules that see a prompt.
     """
     prompts, adapters = len(next(iter(passages.values()))), len(next(iter(mean.values())))
-    zero = torch.zeros(adapters, dtype=torch.float64)
-    unknown = torch.full_like(zero, torch.nan)
-    choosing = LayerWeights({module: zero.clone() for module in mean if module in leading}, unknown.clone())
-    knowing = LayerWeights({module: zero.clone() for module in mean if module in reading}, unknown.clone())
+    weight = {module: torch.zeros(adapters, dtype=torch.float64) for module in mean if module in reading}
+    centre = torch.full((adapters,), torch.nan, dtype=torch.float64)
     public = torch.full((prompts, adapters), torch.nan, dtype=torch.float64)
     for place in range(adapters):
-        scores = {
-            module: (values - mean[module][place]) / std[module][place]
-            for (module, other), values in passages.items()
-            if other == place and has_spread(mean[module][place], std[module][place])
-        }
-        _fill(choosing, place, scores)
-        found = _fill(knowing, place, scores)
-        if found is None:
+        names = [
+            module
+            for module in weight
+            if (module, place) in passages and has_spread(mean[module][place], std[module][place])
+        ]
+        if not names:
             continue
-        spread = found.std(correction=0).clamp_min(torch.finfo(torch.float64).tiny)
-        for weight in knowing.weight.values():
-            weight[place] /= spread
-        knowing.centre[place] /= spread
-        public[:, place] = found / spread - knowing.centre[place]
-    return PromptStatistics(choosing, knowing, public)
-
-
-def _fill(weights: LayerWeights, place: int, scores: Mapping[str, Tensor]) -> Tensor | None:
-    """Write one adapter's weights, of sum 1, and centre; each prompt's weighted sum, None where no layer counts."""
-    names = [module for module in weights.weight if module in scores]
-    if not names:
-        return None
-    table = torch.stack([scores[module] for module in names], 1)
-    w = layer_weights(table)
-    for module, value in zip(names, w, strict=True):
-        weights.weight[module][place] = value
-    found = table @ w
-    weights.centre[place] = found.mean()
-    return found
+        columns = [(passages[module, place] - mean[module][place]) / std[module][place] for module in names]
+        table = torch.stack(columns, 1)
+        w = layer_weights(table)
+        w = w / (table @ w).std(correction=0).clamp_min(torch.finfo(torch.float64).tiny)
+        for module, value in zip(names, w, strict=True):
+            weight[module][place] = value
+        centre[place] = (table @ w).mean()
+        public[:, place] = table @ w - centre[place]
+    return PromptStatistics(weight, centre, public)
 
 
 def layer_weights(table: Float[Tensor, "prompts layers"]) -> Float[Tensor, " layers"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from treadle.errors import InputError
 from treadle.routing.factors import LayerFactors
 from treadle.routing.prompt_batch import PromptBatch
-from treadle.routing.scorers import arrow, lag, mean, norm, perplexity, ratio, seqr, seqr_qr, spectr, whitened
+from treadle.routing.scorers import arrow, lag, mean, norm, perplexity, ratio, seqr, seqr_qr, spectr
 from treadle.routing.scores import NormScore, Scores, bounded, narrowed
 
 Form = Callable[[LayerFactors], NormScore]
@@ -47,7 +47,7 @@ class Scorer:
         eligible: who may be chosen at a layer, of the others.
         top_k: how many of the best act unless the caller says so; 1 is the argmax, 0 all.
         calibrated: whether it needs the bank's statistics.
-        weighs_layers: whether `sequence` adds layers up by the bank's prompt statistics, which it then needs too.
+        abstains: whether `sequence` asks how common a score is among public prompts, where the bank knows.
         blends: whether A and B of those who act are mixed, rather than their outputs.
     """
 
@@ -59,7 +59,7 @@ class Scorer:
     eligible: Callable[[LayerFactors], Tensor] = _present
     top_k: int = 1
     calibrated: bool = False
-    weighs_layers: bool = False
+    abstains: bool = False
     blends: bool = False
 
     def scores(
@@ -86,8 +86,7 @@ class Scorer:
 SCORERS: Mapping[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
-        Scorer("whitened", whitened.form, calibrated=True, weighs_layers=True),
-        Scorer("seqr", seqr.form, calibrated=True),
+        Scorer("seqr", seqr.form, calibrated=True, abstains=True),
         Scorer("seqr-qr", plain=seqr_qr.scores, prepare=seqr_qr.prepare, eligible=seqr_qr.eligible, calibrated=True),
         Scorer("norm", norm.form),
         Scorer("ratio", ratio.form, calibrated=True),

@@ -44,26 +44,23 @@ def test_layers_that_do_not_vary_weigh_the_same() -> None:
 def statistics(norms: Tensor, *, places: tuple[int, ...] = (0, 1)) -> PromptStatistics:
     mean = {module: torch.ones(2, dtype=torch.float64) for module in MODULES}
     passages = {(module, place): norms[:, i] * (1 + place) for i, module in enumerate(MODULES) for place in places}
-    return prompt_statistics(passages, mean, mean, leading={"a", "b"}, reading=set(MODULES))
+    return prompt_statistics(passages, mean, mean, reading=set(MODULES))
 
 
-def test_scores_add_up_as_the_weights_say() -> None:
+def test_scores_are_deviations_of_public_prompts() -> None:
     norms = table() + 9.0
     found = statistics(norms)
-    assert set(found.choosing.weight) == {"a", "b"}
-    assert set(found.knowing.weight) == set(MODULES)
+    assert set(found.weight) == set(MODULES)
     scores = norms - 1.0  # z of mean 1 and deviation 1
-    knowing = torch.stack([found.knowing.weight[module][0] * scores[:, i] for i, module in enumerate(MODULES)]).sum(0)
-    torch.testing.assert_close(knowing - found.knowing.centre[0], found.public[:, 0])
+    summed = torch.stack([found.weight[module][0] * scores[:, i] for i, module in enumerate(MODULES)]).sum(0)
+    torch.testing.assert_close(summed - found.centre[0], found.public[:, 0])
     assert float(found.public[:, 0].mean()) == pytest.approx(0.0, abs=1e-9)
     assert float(found.public[:, 0].std(correction=0)) == pytest.approx(1.0, abs=1e-9)
-    choosing = found.choosing.weight["a"][0] * scores[:, 0] + found.choosing.weight["b"][0] * scores[:, 1]
-    assert float(choosing.mean()) == pytest.approx(float(found.choosing.centre[0]))
 
 
 def test_an_adapter_of_which_nothing_was_read_is_unknown() -> None:
     found = statistics(table() + 9.0, places=(1,))
-    assert bool(found.choosing.centre[0].isnan())
+    assert bool(found.centre[0].isnan())
     assert bool(found.public[:, 0].isnan().all())
     assert bool(found.public[:, 1].isfinite().all())
 
@@ -111,4 +108,4 @@ def test_layers_outside_of_an_adapter_weigh_nothing(bank: AdapterBank) -> None:
     stranger = bank.names.index("stranger")
     lacking = [name for name, factors in bank.layers.items() if not bool(factors.present[stranger])]
     assert lacking
-    assert all(float(prompts_of(bank)[f"knowing/{name}"][stranger]) == 0.0 for name in lacking)
+    assert all(float(prompts_of(bank)[f"weight/{name}"][stranger]) == 0.0 for name in lacking)

@@ -1,4 +1,4 @@
-"""The default road of `sequence`: weighed layers choose, all layers say whether anybody is meant."""
+"""`sequence`: the first half of the blocks chooses, all layers say whether anybody is meant."""
 
 from types import SimpleNamespace
 
@@ -21,49 +21,51 @@ def bank(make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: Pr
     return make.bank(tiny_llama, tiny_tokenizer)
 
 
-def by_hand(model: RoutedModel, kind: str, row: int) -> torch.Tensor:
-    """Each adapter's score of a prompt from the layers' inputs, by the definition, one adapter at a time."""
-    assert model.weights is not None
-    weights = getattr(model.weights, kind)
+def z_scores(model: RoutedModel, row: int) -> dict[str, torch.Tensor]:
+    """Module → each adapter's mean z-score of a prompt by the definition, NaN where it lacks the layer."""
     length = int(MASK[row].sum())
-    total = torch.zeros(len(model.bank.names), dtype=torch.float64)
+    found: dict[str, torch.Tensor] = {}
 
     def note(layer: object, x: torch.Tensor) -> None:
         factors = layer.factors  # type: ignore[attr-defined]
-        if factors.module not in weights.weight:
-            return
+        scores = torch.full((len(model.bank.names),), torch.nan, dtype=torch.float64)
         for place, adapter in enumerate(model.bank.adapters):
             if factors.module in adapter.plan.modules:
                 A, B = adapter.lora_A[factors.module].double(), adapter.folded_B(factors.module).double()
                 norms = (x[0].double() @ A.T @ B.T).norm(dim=1)[1:]  # the first token is special
-                z = (norms.mean() - factors.mean[place]) / factors.std[place]
-                total[place] += weights.weight[factors.module][place] * z
+                scores[place] = (norms.mean() - factors.mean[place]) / factors.std[place]
+        found[factors.module] = scores
 
     model.read(IDS[row : row + 1, :length], torch.ones(1, length), note)
-    return total - weights.centre
+    return found
 
 
-def test_scores_are_the_weighed_sums_of_the_definition(tiny_llama: LlamaForCausalLM, bank: AdapterBank) -> None:
+def test_the_first_half_of_the_blocks_chooses(tiny_llama: LlamaForCausalLM, bank: AdapterBank) -> None:
     model = RoutedModel(tiny_llama, bank, abstain=1.0)
-    assert model.scorer.name == "whitened"
-    assert model.weights is not None
+    assert {name.split(".")[2] for name in model.choosing} == {"0"}
     decision = model.choose(IDS, MASK)
     for row in range(2):
-        scores = by_hand(model, "choosing", row)
+        scores = torch.stack([z for name, z in z_scores(model, row).items() if name in model.choosing]).nanmean(0)
         best, second = scores.topk(2).indices.tolist()
         assert (int(decision.winner[row]), int(decision.runner_up[row])) == (best, second)
         # Float32 products of unit vectors, summed over a few tokens and layers.
         assert float(decision.margin[row]) == pytest.approx(float(scores[best] - scores[second]), abs=1e-4)
 
 
-def test_the_chance_is_that_of_the_score_over_all_layers(tiny_llama: LlamaForCausalLM, bank: AdapterBank) -> None:
+def test_the_chance_is_that_of_the_weighed_score_over_all_layers(
+    tiny_llama: LlamaForCausalLM, bank: AdapterBank
+) -> None:
     model = RoutedModel(tiny_llama, bank, abstain=0.999)
-    assert model.weights is not None
+    assert bank.statistics is not None
+    prompts = bank.statistics.prompts
+    assert prompts is not None
     decision = model.choose(IDS, MASK)
     assert decision.chance is not None
-    public = model.weights.public.nan_to_num(-1e9).max(1).values
+    public = prompts.public.nan_to_num(-1e9).max(1).values
     for row in range(2):
-        reached = int((public >= by_hand(model, "knowing", row).max() - 1e-6).sum())
+        z = z_scores(model, row)
+        known = torch.stack([prompts.weight[name] * z[name].nan_to_num() for name in prompts.weight]).sum(0)
+        reached = int((public >= (known - prompts.centre).max() - 1e-6).sum())
         assert float(decision.chance[row]) == pytest.approx((1 + reached) / (1 + len(public)))
 
 
@@ -91,12 +93,12 @@ def test_choosing_alone_reads_half_of_the_blocks(tiny_llama: LlamaForCausalLM, b
     ] == chosen
 
 
-def test_a_bank_without_public_prompts_is_routed_as_the_article_scores(
+def test_a_bank_without_public_prompts_never_abstains(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, bank: AdapterBank, make: SimpleNamespace
 ) -> None:
     analytic = bank.calibrate(AnalyticCalibration(make.passages), model=tiny_llama, tokenizer=tiny_tokenizer)
-    assert RoutedModel(tiny_llama, analytic).scorer.name == "seqr"
-    with pytest.raises(InputError, match="knows no public prompts.*public"):
-        RoutedModel(tiny_llama, analytic, scorer="whitened")
+    decision = RoutedModel(tiny_llama, analytic, abstain=0.0).choose(IDS, MASK)
+    assert decision.chance is None
+    assert BASE not in decision.winner.tolist()
     with pytest.raises(InputError, match="abstain is 1.5"):
         RoutedModel(tiny_llama, bank, abstain=1.5)
