@@ -15,7 +15,7 @@ TEXT = "the film is not good, why?"
 
 
 def test_sequence_names_the_choice_and_its_evidence(built_bank: Path) -> None:
-    result = route(built_bank, TEXT, RouteSettings(max_new_tokens=3, compare_base=True))
+    result = route(built_bank, TEXT, RouteSettings(max_new_tokens=3, compare_base=True, abstain=1.0))
     assert result.choice is not None
     last = result.tokens[-1].running
     ranked = sorted(last, key=lambda name: -last[name])
@@ -24,9 +24,19 @@ def test_sequence_names_the_choice_and_its_evidence(built_bank: Path) -> None:
     assert result.tokens[0].text == "<bos>"
     assert not result.tokens[0].counted
     assert [token.text.strip() for token in result.tokens[1:4]] == ["the", "film", "is"]
-    assert len(result.layers) == 6
+    assert len(result.layers) == 3  # of the first of two blocks, which chooses
     assert result.continuation is not None
     assert result.base_continuation is not None
+
+
+def test_a_prompt_that_is_nobodys_is_left_to_the_base(built_bank: Path) -> None:
+    asked = RouteSettings(max_new_tokens=0, abstain=0.0)
+    result = route(built_bank, TEXT, asked)
+    assert result.choice is not None
+    assert result.choice.winner is None
+    assert result.choice.runner_up == max(last := result.tokens[-1].running, key=last.__getitem__)
+    assert result.choice.chance is not None
+    assert 0.0 < result.choice.chance <= 1.0
 
 
 def test_token_shares_are_the_trace(built_bank: Path, small_fleet: Path) -> None:
