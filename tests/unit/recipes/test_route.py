@@ -34,7 +34,8 @@ def test_a_prompt_that_is_nobodys_is_left_to_the_base(built_bank: Path) -> None:
     result = route(built_bank, TEXT, asked)
     assert result.choice is not None
     assert result.choice.winner is None
-    assert result.choice.runner_up == max(last := result.tokens[-1].running, key=last.__getitem__)
+    last = result.tokens[-1].running
+    assert result.choice.runner_up == max(last, key=lambda name: last[name])
     assert result.choice.chance is not None
     assert 0.0 < result.choice.chance <= 1.0
 
