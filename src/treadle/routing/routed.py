@@ -55,8 +55,7 @@ class RoutedModel(nn.Module):
             chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
             pass whose sums travel with the KV cache; decoders only. "sequence": the base reads the prompt once, the
             mean score over its tokens and the layers of the first half of the blocks chooses one adapter, which then
-            acts everywhere. The scorer "mean"
-            chooses nothing, so it is always "token".
+            acts everywhere. The scorer "mean" chooses nothing, so it is always "token".
         top_k: how many of the best permitted adapters act, 0 for all; None for what the scorer's article does.
         temperature: of the softmax over their scores, above 0.
         abstain: the base acts alone on a prompt that looks like the bank's with a higher chance than this among public
