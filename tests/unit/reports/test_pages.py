@@ -94,7 +94,7 @@ def result(*, granularity: str, winner: str | None = "films") -> RouteResult:
     )
     layers = (LayerRow("model.layers.0.q_proj", () if sequence else ("films", None, "films"), scores),)
     settings = RouteSettings(granularity="sequence" if sequence else "token")
-    choice = Choice(winner, "sums", 2.0) if sequence else None
+    choice = Choice(winner, "sums", 2.0, 0.015) if sequence else None
     return RouteResult("bank", EVIL, EVIL, settings, ("sums", "films"), choice, tokens, layers, EVIL, EVIL)
 
 
