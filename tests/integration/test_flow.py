@@ -63,7 +63,7 @@ def test_peft_opens_minilm_adapters_on_a_base_with_a_head(minilm: Path, ranks: s
         tokenizer=tokenizer,
     )
     for granularity in ("token", "sequence"):
-        routed = RoutedModel(model, bank, granularity=granularity)
+        routed = RoutedModel(model, bank, granularity=granularity, abstain=1.0)
         with torch.no_grad():
             alone = routed(**batch, permitted=[{"kinds"}] * 5).logits
         routed.unwrap()
