@@ -24,7 +24,7 @@ def config(
         sft=SftSettings(max_tokens=300, learning_rate=1e-2),
     )  # fmt: skip
     return RoutingCompositionRun(
-        seeds=(0, 1, 2), tasks=("chain_sum", "syllogism"), limit=2, top_k=(1, 2), temperature=0.5, fleet=fleet
+        seeds=(0, 1, 2), tasks=("chain_sum", "syllogism"), limit=1, top_k=(1, 2), temperature=0.5, fleet=fleet
     )
 
 
