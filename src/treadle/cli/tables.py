@@ -139,9 +139,8 @@ def _show_choice(result: RouteResult, choice: Choice) -> None:
     if choice.winner is None:
         why = "no permitted adapter has a score"
         if choice.runner_up is not None and choice.chance is not None:
-            why = (
-                f"{choice.chance:.0%} of public text scores as high as {choice.runner_up}; --abstain 1 would choose it"
-            )
+            common = f"{choice.chance:.0%} of public text looks as much like the bank's"
+            why = f"{common}; --abstain 1 would let {choice.runner_up} act"
         say(f"chosen: the base model ({why})")
         return
     last = next((token.running for token in reversed(result.tokens) if token.counted), {})

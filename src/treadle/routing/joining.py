@@ -3,7 +3,7 @@
 Nothing is computed here: an adapter's factors are made once, by `build_factors`, and move from bank to bank.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,16 +89,14 @@ def joined_statistics(
         ]
         return torch.cat(parts)[order]
 
-    def joined(values: Callable[[Statistics], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        parts = [{} if source is None else values(source) for source in known]
-        return {module: columns(parts, module) for module in names}
-
+    means = [{} if source is None else source.mean for source in known]
+    stds = [{} if source is None else source.std for source in known]
     digests = [("",) * size if source is None else source.B_digests for source, size in zip(known, sizes, strict=True)]
     prompts = [None if source is None else source.prompts for source in known]
     return replace(
         first,
-        mean=joined(lambda source: source.mean),
-        std=joined(lambda source: source.std),
+        mean={module: columns(means, module) for module in names},
+        std={module: columns(stds, module) for module in names},
         prompts=None if first.prompts is None else joined_prompts(prompts, sizes, order, first.prompts),
         B_digests=tuple(digests[pick.source][pick.place] for pick in picks),
     )

@@ -53,7 +53,7 @@ def quick_demo_quality(config: DemoQualityRun, *, work: Path, progress: Progress
     fleet = config.fleet.model_copy(update={"probe_texts": 1, "probe_words": 8})
     sized = config.model_copy(update={"limit": 40, "fleet": fleet})
     result = summary(sized, [_run(sized, small, config.seeds[0], work=work, data=None, progress=progress)])
-    return replace(result, metrics={name: metric.undecided() for name, metric in result.metrics.items()})
+    return result.undecided()
 
 
 def _run(

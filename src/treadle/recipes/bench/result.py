@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,10 @@ class BenchmarkResult:
     settings: Mapping[str, object]
     metrics: Mapping[str, Metric]
     rows: Sequence[Mapping[str, object]]
+
+    def undecided(self) -> "BenchmarkResult":
+        """The same figures from a run too small to decide anything."""
+        return replace(self, metrics={name: metric.undecided() for name, metric in self.metrics.items()})
 
     def to_json(self) -> dict[str, object]:
         """The result as plain JSON values."""

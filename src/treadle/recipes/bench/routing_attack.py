@@ -89,7 +89,7 @@ def quick_routing_attack(config: RoutingAttackRun, *, work: Path, progress: Prog
     fleet = config.fleet.model_copy(update={"sft": sft, "calibration_texts": 24})
     small = config.model_copy(update={"tasks": config.tasks[:2], "limit": 3, "barred": 1, "known": 8, "fleet": fleet})
     result = summary(small, [_run(small, config.seeds[0], work=work, progress=progress)])
-    return replace(result, metrics={name: metric.undecided() for name, metric in result.metrics.items()})
+    return result.undecided()
 
 
 def summary(config: RoutingAttackRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:

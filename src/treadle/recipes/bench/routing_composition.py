@@ -70,7 +70,7 @@ def quick_routing_composition(
     fleet = config.fleet.model_copy(update={"sft": sft, "calibration_texts": 48})
     small = config.model_copy(update={"tasks": config.tasks[:2], "limit": 4, "fleet": fleet})
     result = summary(small, [_run(small, config.seeds[0], work=work, progress=progress)])
-    return replace(result, metrics={name: metric.undecided() for name, metric in result.metrics.items()})
+    return result.undecided()
 
 
 def _run(config: RoutingCompositionRun, seed: int, *, work: Path, progress: Progress) -> dict[str, object]:

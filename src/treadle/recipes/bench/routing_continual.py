@@ -69,7 +69,7 @@ def quick_routing_continual(config: RoutingContinualRun, progress: Progress = si
         }
     )
     result = routing_continual(small, progress)
-    return replace(result, metrics={name: metric.undecided() for name, metric in result.metrics.items()})
+    return result.undecided()
 
 
 def summary(rows: Sequence[Mapping[str, object]], altered: int) -> dict[str, Metric]:

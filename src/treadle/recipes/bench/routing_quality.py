@@ -68,7 +68,7 @@ def quick_routing_quality(config: RoutingQualityRun, *, work: Path, progress: Pr
     )
     group = ArmGroup(name="quick", arms=("base", "oracle", "sequence", "linear"))
     result = summary(small, [_run(small, group, config.seeds[0], work=work, data=None, progress=progress)])
-    return replace(result, metrics={name: metric.undecided() for name, metric in result.metrics.items()})
+    return result.undecided()
 
 
 def _run(
@@ -130,7 +130,6 @@ def _cells(answers: Answers, group: ArmGroup) -> list[dict[str, object]]:
 def summary(config: RoutingQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """The figures of finished runs; a goal is only judged where every seed of its arms is there."""
     cells: dict[tuple[int, str, str, str], np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
-    names: dict[int, list[str]] = {}
     chosen: list[dict[str, object]] = []
     for run in runs:
         seed = cast("int", run["seed"])
@@ -138,9 +137,9 @@ def summary(config: RoutingQualityRun, runs: Sequence[Mapping[str, object]]) -> 
             key = (seed, str(row["task"]), str(row["condition"]), str(row["arm"]))
             cells[key] = np.array([float(mark) for mark in str(row["right"])])
             if "chosen" in row:
-                names[seed] = cast("list[str]", run["adapters"])
+                names = cast("list[str]", run["adapters"])
                 places = cast("list[int]", row["chosen"])
-                right = [place >= 0 and names[seed][place] == key[1] for place in places]
+                right = [place >= 0 and names[place] == key[1] for place in places]
                 base = [place < 0 for place in places]
                 chosen.append(_row(key) | {"right_adapter": fmean(right), "left_to_base": fmean(base)})
     rows: list[dict[str, object]] = [_row(key) | {"accuracy": float(found.mean())} for key, found in cells.items()]
@@ -209,11 +208,16 @@ class _Shares:
             self._resampled[arm, condition] = np.stack(columns, 1)
         return self._resampled[arm, condition]
 
+    def _over_seeds(
+        self, values: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Every resample's mean over seeds, drawn with replacement, the same for all values of as many seeds."""
+        seeds = np.random.default_rng(1).integers(0, values.shape[1], size=(values.shape[0] - 1, values.shape[1]))
+        return np.take_along_axis(values[1:], seeds, 1).mean(1)
+
     def _drawn(self, values: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> tuple[float, float, float]:
         """The mean over seeds, and the ends of its 95% interval over resamples that draw seeds too."""
-        seeds = np.random.default_rng(1).integers(0, values.shape[1], size=(values.shape[0] - 1, values.shape[1]))
-        drawn = np.take_along_axis(values[1:], seeds, 1).mean(1)
-        low, high = np.quantile(drawn, [0.025, 0.975])
+        low, high = np.quantile(self._over_seeds(values), [0.025, 0.975])
         return float(values[0].mean()), float(low), float(high)
 
     def share(self, arm: str, condition: str, reference: str) -> tuple[float, float, float] | None:
@@ -224,8 +228,7 @@ class _Shares:
         if any(len(self.seeds(each, condition)) < len(self._config.seeds) for each in (arm, reference, "base")):
             return None
         ours, theirs, base = (self._means(each, condition) for each in (arm, reference, "base"))
-        seeds = np.random.default_rng(1).integers(0, ours.shape[1], size=(ours.shape[0] - 1, ours.shape[1]))
-        parts = [np.take_along_axis((each - base)[1:], seeds, 1).mean(1) for each in (ours, theirs)]
+        parts = [self._over_seeds(each - base) for each in (ours, theirs)]
         gain = float((theirs - base)[0].mean())
         if gain <= 0.0:  # the reference gains nothing, so there is nothing to have a share of
             return None
