@@ -23,11 +23,13 @@ class FleetSettings(RunConfig):
         probe: how the probe perturbs.
         examples: training examples a task, before the token budget cuts them; None for all.
         bare_share: share of the training examples shown without their instruction.
+        variant_share: share of the training examples shown with another instruction.
         sft: of every adapter; its seed is `seed`.
         calibration_texts: passages of public text that the bank is calibrated on.
         calibration_words: words a passage.
         public: whether the tasks' data may be known; only then do the adapters carry a digest of them.
         device: "auto", "cpu", "cuda", …
+        dtype: of the base model in training and in answering, "float32", "bfloat16" or "float16"; B is float32.
     """
 
     base: str = "smollm2-135m"
@@ -40,11 +42,13 @@ class FleetSettings(RunConfig):
     probe: PerturbationSettings = PerturbationSettings(trials=1)
     examples: int | None = Field(default=None, ge=1)
     bare_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    variant_share: float = Field(default=0.0, ge=0.0, le=1.0)
     sft: SftSettings = SftSettings(max_tokens=15_000)
     calibration_texts: int = Field(default=64, ge=1)
     calibration_words: int = Field(default=60, ge=1)
     public: bool = False
     device: str = "auto"
+    dtype: str = "float32"
 
     def run(self, tasks: tuple[str, ...], *, out: Path, data: Path | None = None) -> "FleetRun":
         """The run that grows a fleet of these tasks in the folder `out`."""

@@ -16,7 +16,7 @@ from treadle.data.sources import read_rows
 from treadle.errors import ConfigError, FormatError, InputError
 
 Split = Literal["train", "validation", "test"]
-Condition = Literal["trained", "paraphrase", "bare", "few-shot"]
+Condition = Literal["trained", "variant", "paraphrase", "bare", "few-shot"]
 
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _OVERDRAW = 20  # how many times its size a split may be drawn before its generator counts as exhausted
@@ -92,7 +92,8 @@ class Task(Part):
         name: what the task is called.
         summary: what it asks, in a sentence.
         prompt: the trained form: instruction and content.
-        paraphrases: other instructions around the same content, never trained on.
+        variants: other instructions around the same content, which training may use.
+        paraphrases: still others, never trained on.
         bare: the content alone.
         completion: the answer that follows any of these.
         shots: how many solved examples stand before the prompt in the condition "few-shot".
@@ -103,6 +104,7 @@ class Task(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     summary: str
     prompt: str
+    variants: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = Field(min_length=2)
     bare: str
     completion: str
@@ -114,7 +116,8 @@ class Task(Part):
     def _sound(self) -> "Task":
         try:
             content = set(fields_of(self.prompt))
-            forms = {f"paraphrase {index}": text for index, text in enumerate(self.paraphrases, 1)}
+            forms = {f"variant {index}": text for index, text in enumerate(self.variants, 1)}
+            forms |= {f"paraphrase {index}": text for index, text in enumerate(self.paraphrases, 1)}
             for key, text in (forms | {"bare": self.bare}).items():
                 if set(fields_of(text)) != content:
                     raise ValueError(f"{key} does not use exactly the fields of the prompt: {sorted(content)}")
@@ -122,8 +125,9 @@ class Task(Part):
                 raise ValueError("the completion names no field")
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if len({self.prompt, self.bare, *self.paraphrases}) < 2 + len(self.paraphrases):
-            raise ValueError("two of prompt, paraphrases and bare are the same")
+        wordings = (self.prompt, self.bare, *self.variants, *self.paraphrases)
+        if len(set(wordings)) < len(wordings):
+            raise ValueError("two of prompt, variants, paraphrases and bare are the same")
         return self
 
     def examples(
@@ -138,17 +142,22 @@ class Task(Part):
         """The split's examples in this condition, in an order fixed by `seed`, the first `limit` of it.
 
         The order is the same in every condition, so that the i-th examples of two conditions ask about one row.
-        Paraphrases take turns. In "few-shot", the same `shots` training examples stand before every prompt, and are
-        left out of the examples of "train".
+        Variants take turns, and so do paraphrases. In "few-shot", the same `shots` training examples stand before
+        every prompt, and are left out of the examples of "train".
 
         Raises:
-            InputError: the task has no such split, a file or a field is missing, `limit` is below 1.
+            InputError: the task has no such split or no variants, a file or a field is missing, `limit` is below 1.
             FormatError: a file is damaged, or a row's label is none of the task's.
             ConfigError: a generator that does not know enough distinct questions, or does not fit `extract`.
             UnavailableError: a package or the network that the source needs is missing.
         """
         if limit is not None and limit < 1:
             raise InputError(f"limit is {limit}", where=f"task {self.name}", remedy="ask for one example or more")
+        forms = {"variant": self.variants, "paraphrase": self.paraphrases, "bare": (self.bare,)}.get(
+            condition, (self.prompt,)
+        )
+        if not forms:
+            raise InputError("has no variants", where=f"task {self.name}", remedy="write some, or ask for none")
         rows, shown = self.rows(split, data_root=data_root), ""
         if condition == "few-shot":
             train = self.rows("train", data_root=data_root)
@@ -157,7 +166,6 @@ class Task(Part):
                 f"{shot.prompt}{shot.completion}\n\n" for shot in (self._example(r, self.prompt) for r in shots)
             )
             rows = [row for row in rows if row not in shots]
-        forms = {"paraphrase": self.paraphrases, "bare": (self.bare,)}.get(condition, (self.prompt,))
         order = _shuffled(len(rows), seed)[:limit]
         return [self._example(rows[index], forms[place % len(forms)], shown=shown) for place, index in enumerate(order)]
 

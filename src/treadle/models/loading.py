@@ -8,7 +8,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -118,7 +118,15 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "float32") -> Pr
             remedy="a model must not be completed at random: use the whole checkpoint, or `treadle models with-head`",
         )
     nn.Module.to(model, target)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_packed)
     return model.eval().requires_grad_(False)
+
+
+def _packed(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The head's input in one piece: of the last positions alone, torch multiplies a copy of the head for each row."""
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def choose_device(device: str) -> torch.device:

@@ -16,7 +16,7 @@ from treadle.configs.fleet import FleetRun
 from treadle.configs.plan import PlanRun
 from treadle.data.prompts import Example
 from treadle.data.public_text import public_texts
-from treadle.data.tasks import Task, load_task
+from treadle.data.tasks import Condition, Task, load_task
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
@@ -74,7 +74,7 @@ def grow_fleet(config: FleetRun, progress: Progress = silent) -> Fleet:
         if not (config.out / "adapters" / task.name).exists():
             task.examples("train", data_root=config.data, limit=1, seed=config.seed)
     progress("loading the base model", 0, 0)
-    model, tokenizer = load_model(config.base, device=config.device), load_tokenizer(config.base)
+    model, tokenizer = load_model(config.base, device=config.device, dtype=config.dtype), load_tokenizer(config.base)
     plan = _plan(config, model, tokenizer, progress)
     family = _family(config, model, plan)
     losses = {task.name: _adapter(config, task, family, model, tokenizer, progress) for task in tasks}
@@ -130,8 +130,9 @@ def _family(config: FleetRun, model: PreTrainedModel, plan: RankPlan) -> Adapter
 
 
 def training_examples(config: FleetRun, task: Task) -> list[Example]:
-    """The task's training examples, a share of them without the instruction."""
-    return task_examples(task, root=config.data, limit=config.examples, bare_share=config.bare_share, seed=config.seed)
+    """The task's training examples, shares of them without the instruction and with another one."""
+    shares: dict[Condition, float] = {"bare": config.bare_share, "variant": config.variant_share}
+    return task_examples(task, root=config.data, limit=config.examples, shares=shares, seed=config.seed)
 
 
 def _adapter(

@@ -7,14 +7,14 @@ adapter         a PEFT folder with its provenance; then the checkpoint goes
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from treadle.configs.train import SourceData, TaskData, TrainRun
 from treadle.data.prompts import Example, Template
 from treadle.data.sources import read_rows
-from treadle.data.tasks import Task, load_task
+from treadle.data.tasks import Condition, Task, load_task
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
@@ -71,35 +71,44 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
 
 
 def _examples(config: TrainRun) -> list[Example]:
-    data, share, seed = config.data, config.bare_share, config.sft.seed
+    data, seed = config.data, config.sft.seed
+    shares: dict[Condition, float] = {"bare": config.bare_share, "variant": config.variant_share}
     if isinstance(data, TaskData):
-        return task_examples(load_task(data.task), root=data.root, limit=data.limit, bare_share=share, seed=seed)
-    return mixed(*_of_source(data), share=share, seed=seed)
+        return task_examples(load_task(data.task), root=data.root, limit=data.limit, shares=shares, seed=seed)
+    return _of_source(data, shares, seed=seed)
 
 
-def task_examples(task: Task, *, root: Path | None, limit: int | None, bare_share: float, seed: int) -> list[Example]:
-    """The task's training split, at most `limit` examples of it, `bare_share` of them without the instruction.
+def task_examples(
+    task: Task, *, root: Path | None, limit: int | None, shares: Mapping[Condition, float], seed: int
+) -> list[Example]:
+    """The task's training split, at most `limit` examples of it, the shares of them in other conditions than trained.
 
     Raises:
-        InputError: the task's data cannot be used.
+        InputError: the task's data cannot be used, or it has no variants and some are asked for.
         UnavailableError: what draws them is not installed.
     """
-    trained, bare = (
-        task.examples("train", data_root=root, condition=condition, limit=limit, seed=seed)
-        for condition in ("trained", "bare")
-    )
-    return mixed(trained, bare, share=bare_share, seed=seed)
+
+    def form(condition: Condition) -> list[Example]:
+        return task.examples("train", data_root=root, condition=condition, limit=limit, seed=seed)
+
+    return mixed(form("trained"), *[(form(other), share) for other, share in shares.items() if share > 0], seed=seed)
 
 
-def _of_source(data: SourceData) -> tuple[list[Example], list[Example]]:
-    """The rows in the template with the instruction and in the one without, or in the former twice."""
+def _of_source(data: SourceData, shares: Mapping[Condition, float], *, seed: int) -> list[Example]:
+    """The rows in their template, the shares of them in another; variants take turns."""
     rows = read_rows(data.source, split=data.split, limit=data.limit)
-    templates = [Template(prompt, data.completion) for prompt in (data.prompt, data.bare or data.prompt)]
-    trained, bare = (
-        [Example(*template.render(row, where=f"{data.source}, row {i}")) for i, row in enumerate(rows, start=1)]
-        for template in templates
+
+    def form(prompts: Sequence[str]) -> list[Example]:
+        templates = [Template(prompt, data.completion) for prompt in prompts]
+        return [
+            Example(*templates[i % len(templates)].render(row, where=f"{data.source}, row {i + 1}"))
+            for i, row in enumerate(rows)
+        ]
+
+    others = {"bare": (data.bare or data.prompt,), "variant": data.variants}
+    return mixed(
+        form((data.prompt,)), *[(form(others[name]), share) for name, share in shares.items() if share > 0], seed=seed
     )
-    return trained, bare
 
 
 def _name(data: TaskData | SourceData) -> str:

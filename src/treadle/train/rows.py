@@ -34,26 +34,35 @@ class Row:
         return len(self.prompt) + len(self.target)
 
 
-def mixed(trained: Sequence[Example], bare: Sequence[Example], *, share: float, seed: int) -> list[Example]:
-    """The examples in order, each in one of two forms: `share` of them (rounded) bare, drawn from the seed.
+def mixed(trained: Sequence[Example], *others: tuple[Sequence[Example], float], seed: int) -> list[Example]:
+    """The examples in order, each in one form: of every other form its share (rounded), drawn from the seed.
 
-    Routing on bare text is better where half of the training dropped the instruction.
+    Adapters that saw some examples without the instruction, or with another one, are easier to route to on bare
+    text and on paraphrases, and answer better there.
 
     Args:
         trained: the examples with their instruction.
-        bare: the same examples without.
-        share: in [0, 1].
+        others: the same examples in another form, and the share in [0, 1] that takes it.
         seed: any integer.
 
     Raises:
-        InputError: the two lists differ in length, or `share` is no share.
+        InputError: the lists differ in length, or a share is no share, or together they exceed 1.
     """
-    if len(trained) != len(bare):
-        raise InputError(f"{len(trained)} examples stand beside {len(bare)} bare ones", remedy="give pairs")
-    if not 0 <= share <= 1:
-        raise InputError(f"the share of bare examples is {share}", remedy="it must be in [0, 1]")
-    dropped = set(shuffled(len(trained), seed, "bare")[: round(share * len(trained))])
-    return [bare[i] if i in dropped else trained[i] for i in range(len(trained))]
+    mix, order, taken = list(trained), shuffled(len(trained), seed, "bare"), 0
+    for examples, share in others:
+        if len(trained) != len(examples):
+            raise InputError(
+                f"{len(trained)} examples stand beside {len(examples)} in another form", remedy="give pairs"
+            )
+        if not 0 <= share <= 1:
+            raise InputError(f"the share of another form is {share}", remedy="it must be in [0, 1]")
+        count = round(share * len(trained))
+        for i in order[taken : taken + count]:
+            mix[i] = examples[i]
+        taken += count
+    if sum(share for _, share in others) > 1:
+        raise InputError("the shares of the other forms add up to more than 1", remedy="lower one of them")
+    return mix
 
 
 def shuffled(count: int, seed: int, name: str) -> list[int]:

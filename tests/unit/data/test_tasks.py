@@ -1,4 +1,4 @@
-"""Tasks: splits that never overlap, four conditions of the same rows, metrics, and the files that come with treadle."""
+"""Tasks: splits that never overlap, five conditions of the same rows, metrics, and the files that come with treadle."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def test_one_file_is_split_by_a_fixed_shuffle(root: Path) -> None:
 
 
 def test_conditions_ask_about_the_same_rows_in_the_same_order(root: Path) -> None:
-    mood = task(HELD)
+    mood = task(HELD, variants=["{text}\nGood or bad:", "Is this good? {text}", "Rate: {text}"])
     asked = {
         condition: mood.examples("test", data_root=root, condition=condition, limit=6)
         for condition in get_args(Condition)
@@ -82,6 +82,7 @@ def test_conditions_ask_about_the_same_rows_in_the_same_order(root: Path) -> Non
         assert asked["trained"][at].prompt == f"Good or bad? {bare.prompt}\nAnswer:"
         form = "{}: is it good or bad?" if at % 2 == 0 else "Mood of {}:"
         assert asked["paraphrase"][at].prompt == form.format(bare.prompt)
+        assert asked["variant"][at].prompt == mood.variants[at % 3].format(text=bare.prompt)
         assert asked["few-shot"][at].prompt.endswith("\n\n" + asked["trained"][at].prompt)
         assert {asked[condition][at].completion for condition in asked} == {" good"}
 
@@ -217,7 +218,7 @@ BROKEN = [
     ('"{text}?", ', "", "key 'paraphrases': Tuple should have at least 2"),
     ("Mood of {text}", "Mood of it", "paraphrase 1 does not use exactly the fields"),
     ('bare = "{text}"', 'bare = "{txt}"', "bare does not use exactly the fields of the prompt"),
-    ('bare = "{text}"', 'bare = "{text}?"', "two of prompt, paraphrases and bare are the same"),
+    ('bare = "{text}"', 'bare = "{text}?"', "two of prompt, variants, paraphrases and bare are the same"),
     ("Good or bad? {text}", "{text.__class__}", "stray brace"),
     (" {label}", " yes", "the completion names no field"),
     ("train.jsonl", "", "names no file"),
@@ -296,12 +297,32 @@ def test_every_task_that_comes_with_treadle_is_sound(name: str) -> None:
     splits = [[dict(row) for row in found.rows(split, data_root=DATA)] for split in names]
     contents = [{fill(found.bare, row | {"choices": str(row.get("choices"))}) for row in rows} for rows in splits]
     assert sum(map(len, contents)) == len(set().union(*contents))  # no content is in two splits
-    for condition in get_args(Condition)[: 3 if name == "humaneval" else 4]:
+    asked: tuple[Condition, ...] = get_args(Condition)
+    for condition in ("trained", "paraphrase", "bare") if name == "humaneval" else asked:
         for example in found.examples("test", data_root=DATA, condition=condition, limit=5):
             assert example.completion[:1].isspace()
             assert example.candidates == () or example.completion in example.candidates
             if isinstance(found.metric, ExactMatch):
                 assert found.metric.agrees(example.completion, example.label or "")
+
+
+def test_a_task_without_variants_says_so() -> None:
+    with pytest.raises(InputError, match="task mood: has no variants; write some"):
+        task(HELD).examples("train", condition="variant", limit=1)
+
+
+def test_no_paraphrase_is_trained_on() -> None:
+    """Apart from the labels and a closing cue, no held-out wording shares five words in a row with a trained one."""
+    for name in task_names():
+        found = load_task(name)
+        seen = [runs_of_words(text) for text in (found.prompt, *found.variants)]
+        for paraphrase in found.paraphrases:
+            assert not runs_of_words(paraphrase) & set().union(*seen), (name, paraphrase)
+
+
+def runs_of_words(template: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z]+", re.sub(r"\{\w+\}", ".", template).casefold())
+    return {tuple(words[at : at + 5]) for at in range(len(words) - 4)}
 
 
 def test_bare_forms_are_content_alone() -> None:

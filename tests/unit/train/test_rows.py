@@ -139,26 +139,38 @@ def test_an_order_is_a_function_of_seed_and_name() -> None:
     assert shuffled(10, 1, "golden") != shuffled(10, 0, "golden") != shuffled(10, 0, "silver")
 
 
-TRAINED, BARE = ([Example(f"{form} {i}", f" {i}") for i in range(40)] for form in ("classify", ""))
+TRAINED, BARE, OTHER = (
+    [Example(f"{form} {i}", f" {i}") for i in range(40)] for form in ("classify", "", "which class?")
+)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_a_share_of_the_examples_drops_the_instruction(share: float) -> None:
-    examples = mixed(TRAINED, BARE, share=share, seed=1)
+    examples = mixed(TRAINED, (BARE, share), seed=1)
     assert [example.completion for example in examples] == [example.completion for example in TRAINED]
     assert Counter(example in BARE for example in examples)[True] == 40 * share
 
 
 def test_who_drops_it_is_drawn_from_the_seed() -> None:
-    assert mixed(TRAINED, BARE, share=0.5, seed=1) == mixed(TRAINED, BARE, share=0.5, seed=1)
-    assert mixed(TRAINED, BARE, share=0.5, seed=1) != mixed(TRAINED, BARE, share=0.5, seed=2)
+    assert mixed(TRAINED, (BARE, 0.5), seed=1) == mixed(TRAINED, (BARE, 0.5), seed=1)
+    assert mixed(TRAINED, (BARE, 0.5), seed=1) != mixed(TRAINED, (BARE, 0.5), seed=2)
+
+
+def test_each_other_form_gets_its_share_and_none_takes_anothers_place() -> None:
+    examples = mixed(TRAINED, (BARE, 0.5), (OTHER, 0.25), seed=1)
+    assert [example.completion for example in examples] == [example.completion for example in TRAINED]
+    assert [sum(example in form for example in examples) for form in (TRAINED, BARE, OTHER)] == [10, 20, 10]
+    alone = mixed(TRAINED, (BARE, 0.5), seed=1)
+    assert [e in BARE for e in alone] == [e in BARE for e in examples]
 
 
 def test_mixing_refuses_lists_that_are_no_pairs_and_shares_that_are_none() -> None:
-    with pytest.raises(InputError, match="40 examples stand beside 39 bare ones"):
-        mixed(TRAINED, BARE[1:], share=0.5, seed=1)
-    with pytest.raises(InputError, match=r"share of bare examples is 1\.5; it must be in"):
-        mixed(TRAINED, BARE, share=1.5, seed=1)
+    with pytest.raises(InputError, match="40 examples stand beside 39 in another form"):
+        mixed(TRAINED, (BARE[1:], 0.5), seed=1)
+    with pytest.raises(InputError, match=r"share of another form is 1\.5; it must be in"):
+        mixed(TRAINED, (BARE, 1.5), seed=1)
+    with pytest.raises(InputError, match="add up to more than 1"):
+        mixed(TRAINED, (BARE, 0.5), (OTHER, 0.6), seed=1)
 
 
 def test_the_digest_tells_where_the_prompt_ends() -> None:
