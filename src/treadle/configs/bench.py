@@ -304,7 +304,6 @@ class RoutingModelCostRun(RunConfig):
         adapters: in the bank.
         judged: the number that the goals speak of.
         granularities: that are timed.
-        judged_granularities: that the goals speak of.
         tokens: of a prompt.
         prompts: in a round.
         rounds: medians are over rounds and prompts.
@@ -318,7 +317,6 @@ class RoutingModelCostRun(RunConfig):
     adapters: tuple[int, ...] = Field(min_length=1)
     judged: int
     granularities: tuple[Granularity, ...]
-    judged_granularities: tuple[Granularity, ...]
     tokens: int = Field(ge=1)
     prompts: int = Field(ge=1)
     rounds: int = Field(ge=1)

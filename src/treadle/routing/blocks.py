@@ -11,7 +11,7 @@ from treadle.routing.factors import LayerFactors
 from treadle.routing.rows import prompt_modules
 
 LEADING_SHARE = 0.5
-"""The share of the blocks that chooses among adapters: later ones cost more and say less (docs/log.md)."""
+"""The share of the blocks that chooses, and says whether to choose: later ones cost more, say less (docs/log.md)."""
 
 
 def block_of(module: str) -> str:
@@ -37,11 +37,10 @@ def leading_modules(model: nn.Module, modules: Iterable[str], share: float = LEA
     return found or frozenset(places)
 
 
-def prompt_layers(model: PreTrainedModel, layers: Mapping[str, LayerFactors]) -> tuple[frozenset[str], frozenset[str]]:
-    """The layers of a bank that see a prompt: those of the leading blocks, and all."""
+def prompt_layers(model: PreTrainedModel, layers: Mapping[str, LayerFactors]) -> frozenset[str]:
+    """The layers of a bank that see a prompt and are in the leading blocks."""
     targets = adapted_layers(model, {module: factors.shape for module, factors in layers.items()})
-    reading = prompt_modules(model, targets)
-    return leading_modules(model, reading), reading
+    return leading_modules(model, prompt_modules(model, targets))
 
 
 def _place(module: str) -> tuple[str, int | None]:

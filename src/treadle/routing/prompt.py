@@ -1,6 +1,6 @@
 """The mean score of a prompt over its tokens and layers: what `sequence` chooses by."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,7 @@ class PromptTotals:
         upper: of their upper bounds.
         known: weighted sums that tell whether a prompt looks like the bank's; 0 without `prompts`.
         counts: how many scores each sum has.
-        choosing: the modules whose mean score chooses.
-        prompts: how all modules add up to what is known; None where nobody asks.
+        prompts: how the layers add up to what is known; None where nobody asks.
     """
 
     counted: Bool[Tensor, "rows tokens"]
@@ -39,7 +38,6 @@ class PromptTotals:
     upper: Float[Tensor, "rows adapters"]
     known: Float[Tensor, "rows adapters"]
     counts: Float[Tensor, "rows adapters"]
-    choosing: Collection[str]
     prompts: PromptStatistics | None
 
     @staticmethod
@@ -47,12 +45,11 @@ class PromptTotals:
         counted: Bool[Tensor, "rows tokens"],
         permitted: Bool[Tensor, "rows adapters"] | None,
         adapters: int,
-        choosing: Collection[str],
         prompts: PromptStatistics | None,
     ) -> "PromptTotals":
         """Totals of nothing."""
         zero = torch.zeros(counted.shape[0], adapters, dtype=torch.float64, device=counted.device)
-        return PromptTotals(counted, permitted, zero, zero, zero, zero, zero, choosing, prompts)
+        return PromptTotals(counted, permitted, zero, zero, zero, zero, zero, prompts)
 
     def add(self, layer: RoutedLayer, x: Tensor, settle: Tensor | None) -> None:
         """Add one layer's scores of its input x.
@@ -85,8 +82,6 @@ class PromptTotals:
         if self.prompts is not None and module in self.prompts.weight:
             weight = self.prompts.weight[module].to(home).nan_to_num()
             self.known = self.known + sums[0] / there.clamp_min(1) * weight
-        if module not in self.choosing:
-            return
         self.value, self.lower, self.upper = self.value + sums[0], self.lower + sums[1], self.upper + sums[2]
         self.counts = self.counts + there
 

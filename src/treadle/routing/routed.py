@@ -53,14 +53,14 @@ class RoutedModel(nn.Module):
         scorer: "seqr" (the article's), another of `scorers.SCORERS`, or one made by `fixed` or `linear`.
         granularity: "token": the article's choice a token and layer. "layer": the first adapted layer of a block
             chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
-            pass whose sums travel with the KV cache; decoders only. "sequence": the base reads the prompt once, the
-            mean score over its tokens and the layers of the first half of the blocks chooses one adapter, which then
+            pass whose sums travel with the KV cache; decoders only. "sequence": the first half of the base's blocks
+            reads the prompt once, the mean score over its tokens and their layers chooses one adapter, which then
             acts everywhere. The scorer "mean" chooses nothing, so it is always "token".
         top_k: how many of the best permitted adapters act, 0 for all; None for what the scorer's article does.
         temperature: of the softmax over their scores, above 0.
         abstain: the base acts alone on a prompt that looks like the bank's with a higher chance than this among public
-            prompts (see `abstention`); 1 leaves none to it, and reads only half of the blocks to choose. Only the
-            scorer "seqr" by `sequence` asks, of a bank calibrated by `public`.
+            prompts (see `abstention`); 1 leaves none to it. Only the scorer "seqr" by `sequence` asks, of a bank
+            calibrated by `public`.
         memory: bytes of lora_B held at once, at least those of one adapter.
 
     Raises:
@@ -113,10 +113,8 @@ class RoutedModel(nn.Module):
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
         self._of_prompt = prompt_modules(model, targets)
-        self.choosing, everything = prompt_layers(model, bank.layers)
-        # Choosing takes the leading blocks alone; knowing whether to choose at all takes the others too.
+        self.choosing = prompt_layers(model, bank.layers)
         self._prompts = bank.statistics.prompts if bank.statistics and self.scorer.abstains and abstain < 1.0 else None
-        self._reading = self.choosing if self._prompts is None else everything
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
         self._watches = (
             model.register_forward_pre_hook(self._watched, with_kwargs=True),
@@ -167,9 +165,9 @@ class RoutedModel(nn.Module):
     def choose(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, permitted: Permitted | None = None
     ) -> Decision:
-        """One adapter a row, from the mean score over the prompt's tokens and all layers as the base reads it.
+        """One adapter a row, from the mean score over the prompt's tokens and the leading blocks' layers.
 
-        Padding does not count, nor do the special tokens that the bank's calibration left out; an adapter's mean is
+        The base alone reads it. Padding does not count, nor do the special tokens that the bank's calibration left out; an adapter's mean is
         over the layers where it is eligible. Of an encoder–decoder, the encoder reads the prompt.
 
         Args:
@@ -209,9 +207,9 @@ class RoutedModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `prompt_means`."""
         mask = self._counted(input_ids, attention)
-        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self.choosing, self._prompts)
+        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self._prompts)
         return prompt_means(
-            lambda note: self.read(input_ids, attention, note, modules=self._reading),
+            lambda note: self.read(input_ids, attention, note, modules=self.choosing),
             empty,
             exact=self.scorer.form is not None,
         )

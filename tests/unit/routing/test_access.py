@@ -54,7 +54,7 @@ def test_a_choice_does_not_outlive_the_rights_it_was_made_under(
     bank: AdapterBank, tiny_llama: LlamaForCausalLM
 ) -> None:
     base = tiny_llama(IDS).logits
-    model = RoutedModel(tiny_llama, bank)
+    model = RoutedModel(tiny_llama, bank, abstain=1.0)
     chosen = model.choose(IDS)
     others = [set(bank.names) - {bank.names[int(place)]} for place in chosen.winner]
     assert torch.equal(model(IDS, permitted=others, chosen=chosen).logits, base)
@@ -87,7 +87,7 @@ def test_choices_are_permitted_ones_for_every_row(bank: AdapterBank, tiny_llama:
         assert seen <= {*allowed, None}
         runners = {trace.name(int(i)) for parts in trace.layers.values() for part in parts for i in part.runner_up[row]}
         assert runners <= {*allowed, None}
-    decision = model.choose(IDS, permitted=[set(), {"delta"}])
+    decision = RoutedModel(tiny_llama, bank, abstain=1.0).choose(IDS, permitted=[set(), {"delta"}])
     assert decision.winner.tolist() == [BASE, 3]
     assert decision.runner_up.tolist() == [BASE, BASE]
 

@@ -46,7 +46,7 @@ def routing_model_cost(
         progress(f"{count} adapters", done, len(counts))
         bank = random_bank(family, count, model, tokenizer, size=config.size, seed=config.seed)
         for granularity in config.granularities:
-            # Random adapters know nothing: let them act all the same, after the whole look that the default takes.
+            # Random adapters know nothing: let them act all the same, after the look that the default takes.
             routed = RoutedModel(model, bank, granularity=granularity, abstain=0.999, memory=config.memory)
             try:
                 rows.append(_row(count, granularity, routed, peer, prompts, rounds))
@@ -153,10 +153,8 @@ def _timed(model: RoutedModel | PreTrainedModel, prompt: Tensor, steps: int = 4)
 
 
 def _metrics(config: RoutingModelCostRun, rows: Sequence[Mapping[str, object]]) -> dict[str, Metric]:
-    """The worse of `token` and the default at the judged number of adapters."""
-    judged = [
-        row for row in rows if row["adapters"] == config.judged and row["granularity"] in config.judged_granularities
-    ]
+    """The worst granularity at the judged number of adapters."""
+    judged = [row for row in rows if row["adapters"] == config.judged]
 
     def worst(phase: str) -> float:
         return max((float(row[phase]) / float(row[f"lora_{phase}"]) for row in judged), default=float("nan"))  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def calibrate(
     if isinstance(calibration, PublicCalibration):
         framed = text_batches(tokenizer, as_prompts(calibration.texts), longest=longest_passage(model))
         means = read_norms(model, layers, range(len(adapters)), framed, ignored, progress, by_passage=True).passages
-        prompts = prompt_statistics(means, mean, std, prompt_layers(model, layers)[1])
+        prompts = prompt_statistics(means, mean, std, prompt_layers(model, layers))
     return Statistics(
         mean,
         std,

@@ -104,8 +104,15 @@ def test_a_folder_keeps_them(bank: AdapterBank, tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], values, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def test_layers_outside_of_an_adapter_weigh_nothing(bank: AdapterBank) -> None:
-    stranger = bank.names.index("stranger")
-    lacking = [name for name, factors in bank.layers.items() if not bool(factors.present[stranger])]
-    assert lacking
-    assert all(float(prompts_of(bank)[f"weight/{name}"][stranger]) == 0.0 for name in lacking)
+def test_layers_outside_of_an_adapter_weigh_nothing() -> None:
+    mean = {module: torch.ones(2, dtype=torch.float64) for module in MODULES}
+    norms = table() + 9.0
+    passages = {(module, place): norms[:, i] for i, module in enumerate(MODULES) for place in (0, 1)}
+    del passages["b", 1]
+    found = prompt_statistics(passages, mean, mean, reading=set(MODULES))
+    assert float(found.weight["b"][1]) == 0.0 != float(found.weight["b"][0])
+
+
+def test_only_leading_blocks_are_read_for_it(bank: AdapterBank) -> None:
+    names = {name.removeprefix("weight/") for name in prompts_of(bank) if name.startswith("weight/")}
+    assert names == {name for name in bank.layers if name.startswith("model.layers.0.")}
