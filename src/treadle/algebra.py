@@ -67,6 +67,34 @@ def update_norms(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"])
     return float(values.square().sum().sqrt()), float(values[0])
 
 
+def orthonormal_factors(
+    A: Float[Tensor, "width inner"], B: Float[Tensor, "outer width"], *, rank: int
+) -> tuple[Float[Tensor, "rank inner"], Float[Tensor, "outer rank"]]:
+    """A' with orthonormal rows and B', float64, whose product is the best one of this rank to B·A; exact at `width`.
+
+    B·A = U·S·Vᵀ gives A' = Vᵀ and B' = U·S, cut to the largest `rank` values, from a QR of each factor: the wide
+    product is never formed. The rows of A' lie in the span of A's rows, where S is zero too. The largest entry of
+    every row of A' is positive, so that signs do not hang on the library.
+
+    Args:
+        A: right factor.
+        B: left factor.
+        rank: at most width, inner and outer.
+    """
+    left, left_triangle = torch.linalg.qr(B.double())
+    right, right_triangle = torch.linalg.qr(A.double().T)
+    U, values, Vh = torch.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
+    rows = Vh[:rank] @ right.T
+    signs = largest_signs(rows)
+    return signs[:, None] * rows, (left @ U[:, :rank]) * (signs * values[:rank])
+
+
+def largest_signs(rows: Float[Tensor, "rows inner"]) -> Float[Tensor, " rows"]:
+    """+1 or −1 a row: the sign of the entry of largest magnitude, the first of equals; +1 for a row of zeros."""
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
+
+
 def squared_norm_moments(
     B: Float[Tensor, "outer rank"], mean: Float[Tensor, " rank"], covariance: Float[Tensor, "rank rank"]
 ) -> tuple[float, float]:

@@ -1,0 +1,49 @@
+"""Pooled data: one silo holds all rows, so there is nothing to aggregate. The ceiling.
+
+With every A frozen it is B-only training at one place; with none, LoRA.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from treadle.errors import MismatchError
+from treadle.train.federated.aggregation import Update
+from treadle.train.federated.factors import GlobalState
+from treadle.train.federated.freezing import Freezing
+from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked
+
+
+@dataclass(frozen=True)
+class Central(Variant):
+    """Take over what the one silo sends."""
+
+    freezing: Freezing
+
+    name: ClassVar[str] = "central"
+    exact: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
+
+    @property
+    def leaves_family(self) -> bool:
+        """Unless every A stays frozen."""
+        return not self.freezing.always
+
+    def work(self, server_round: int) -> Work:
+        """Every B, and the A that are not frozen."""
+        modules = frozenset(self.freezing.modules)
+        return Work(modules - self.freezing.frozen(server_round), modules)
+
+    def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
+        """The factors of the one silo.
+
+        Raises:
+            MismatchError: there are several.
+        """
+        work = self.work(server_round)
+        ordered = checked(state, work, updates)
+        if len(ordered) > 1:
+            raise MismatchError(
+                "central training has one silo with all rows", where=ordered[1].client, remedy="pool them, or use ffa"
+            )
+        return Aggregate(averaged(state, work, ordered))
