@@ -121,7 +121,7 @@ def stacked(
 ) -> tuple[Float[Tensor, "all inner"], Float[Tensor, "outer all"]]:
     """A = [A_1; …; A_n] and B = [w_1 B_1 … w_n B_n], float64: B·A is the weighted sum of the products, exactly.
 
-    Reference: arXiv 2409.05976, equation 5.
+    Reference: arXiv 2409.05976 (stacking).
     """
     rows = torch.cat([A.double() for A, _ in clients])
     return rows, torch.cat([weight * B.double() for (_, B), weight in zip(clients, weights, strict=True)], dim=1)

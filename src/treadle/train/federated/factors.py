@@ -114,7 +114,7 @@ def key_of_A(module: str) -> str:
 def nested_rank(rank: int, share: float) -> int:
     """How many of `rank` rows of A a client trains that has this share of them, in (0, 1]: rounded half up, at least 1.
 
-    Reference: arXiv 2401.06432 §3 (a rank for each client, nested in the largest).
+    Reference: arXiv 2401.06432 (a rank for each client, nested in the largest).
     """
     return max(1, math.floor(share * rank + 0.5))
 

@@ -3,7 +3,7 @@
 mean(B_i)·mean(A_i) is not mean(B_i·A_i): the difference is Σ w_i (B_i − B̄)(A_i − Ā), and is reported. Modules whose A
 is frozen are joined exactly. A and B cross, up and down.
 
-Reference: arXiv 2305.05644 §3.2.
+Reference: arXiv 2305.05644.
 
 Deviations: `freezing` is ours; the paper trains every A.
 """

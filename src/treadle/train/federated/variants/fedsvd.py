@@ -4,7 +4,7 @@ B̄·A = U·S·Vᵀ; the next round starts from A' = Vᵀ and B' = U·S. B̄·A 
 and the aggregate is exact. B crosses upwards, A and B downwards. The SVD is of what was released, so it costs no ε.
 Every round makes a new family; modules whose A is frozen keep theirs.
 
-Reference: arXiv 2505.12805, algorithm 1.
+Reference: arXiv 2505.12805.
 
 Deviations: none known to us in the method. Worth knowing, and tested: the rows of A' span what the rows of A span, so
 A is turned within the subspace that it began with. SGD, flat clipping and Gaussian noise do not see a turn; after the

@@ -3,7 +3,7 @@
 The stack's rank grows with every client. It is cut back to the family's ranks by the best approximation there is, a
 truncated SVD; what is cut off is reported. A and B cross, up and down.
 
-Reference: arXiv 2409.05976, equations 5 and 6.
+Reference: arXiv 2409.05976 (stacking).
 
 Deviations: the paper sends the whole stack down, adds it to the base's weights and starts every round from a new
 adapter. Our base is frozen and what comes out is an adapter of the planned ranks; until the cut, the two are the same.

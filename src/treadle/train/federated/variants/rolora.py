@@ -3,7 +3,7 @@
 In each round one factor is the same everywhere, so the mean of the other is exact. One factor crosses upwards a
 round, both downwards: a client need not remember. Modules whose A is frozen train B in every round.
 
-Reference: arXiv 2502.01755, algorithm 1.
+Reference: arXiv 2502.01755.
 
 Deviations: B goes first, since A has no gradient while B is zero. The paper sends only the factor that changed; a
 client that missed a round could not go on from that.
