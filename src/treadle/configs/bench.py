@@ -220,6 +220,32 @@ class RoutingQualityRun(RunConfig):
         )
 
 
+class PublicTextChoice(RunConfig):
+    """A public text to calibrate on, as `recipes.calibration.PublicSource` has it, under a name for tables."""
+
+    name: str
+    text: str = "pydoc"
+    limit: int = Field(ge=1)
+    words: int = Field(ge=1)
+    seed: int = 0
+    field: str = "text"
+    method: Literal["public", "analytic"] = "public"
+
+
+class RoutingCalibrationRun(RunConfig):
+    """`routing-calibration`; the fleets are those of `routing-quality`.
+
+    Attributes:
+        limit: test prompts a task and condition.
+        outside: tasks without an adapter, whose questions belong to nobody.
+        texts: to calibrate on; the first is of the kind that the fleets have.
+    """
+
+    limit: int = Field(ge=1)
+    outside: tuple[str, ...] = Field(min_length=1)
+    texts: tuple[PublicTextChoice, ...] = Field(min_length=2)
+
+
 class RoutingCompositionRun(RunConfig):
     """`routing-composition`.
 

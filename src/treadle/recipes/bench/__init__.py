@@ -11,6 +11,7 @@ from treadle import files
 from treadle.configs.bench import (
     DemoQualityRun,
     RoutingAttackRun,
+    RoutingCalibrationRun,
     RoutingCompositionRun,
     RoutingContinualRun,
     RoutingCostRun,
@@ -26,6 +27,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
     demo_quality,
     routing_attack,
+    routing_calibration,
     routing_composition,
     routing_continual,
     routing_cost,
@@ -108,6 +110,21 @@ def _routing_attack_shown(config: RoutingAttackRun, session: Session) -> Benchma
     return routing_attack.summary(config, _recorded(session.runs))
 
 
+def _routing_calibration(config: RoutingCalibrationRun, session: Session) -> BenchmarkResult:
+    fleets = load_toml(session.runs.parent.parent / f"{routing_quality.NAME}.toml", RoutingQualityRun)
+    if session.quick:
+        return routing_calibration.quick_routing_calibration(
+            config, fleets, work=session.work, progress=session.progress
+        )
+    return routing_calibration.routing_calibration(
+        config, fleets, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
+def _routing_calibration_shown(config: RoutingCalibrationRun, session: Session) -> BenchmarkResult:
+    return routing_calibration.summary(config, _recorded(session.runs))
+
+
 def _routing_continual(config: RoutingContinualRun, session: Session) -> BenchmarkResult:
     study = routing_continual.quick_routing_continual if session.quick else routing_continual.routing_continual
     out = session.work / ("quick" if session.quick else "fleet")
@@ -153,6 +170,7 @@ def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> Bench
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
+    "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, _routing_calibration_shown),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, _routing_composition_shown),
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
     "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
