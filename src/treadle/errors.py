@@ -6,7 +6,8 @@ TreadleError
 │   ├── FormatError       a file is damaged, truncated, or not what its name says
 │   ├── MismatchError     parts that do not belong together: another base, family or shape
 │   ├── UnsupportedError  a real feature of the field that treadle refuses (DoRA, pickles, …)
-│   └── AccessError       a caller named adapters it may not use, or named none where it must
+│   ├── AccessError       a caller named adapters it may not use, or named none where it must
+│   └── BudgetError       a release would spend more privacy than the silo allows for its data
 └── UnavailableError      something outside is missing: network, an optional extra, disk space
 """
 
@@ -43,6 +44,10 @@ class UnsupportedError(InputError):
 
 class AccessError(InputError):
     """A caller's set of permitted adapters is missing or wrong."""
+
+
+class BudgetError(InputError):
+    """A release would spend more privacy than the silo allows for its data."""
 
 
 class UnavailableError(TreadleError):
