@@ -106,6 +106,16 @@ def test_a_share_of_bare_prompts_changes_the_adapter(configure: Configure) -> No
     assert half.result.tokens == full.result.tokens - 6 * 2  # "question" and "answer" are missing from six
 
 
+def test_a_share_of_variants_takes_turns(configure: Configure) -> None:
+    full = train_adapter(configure())
+    top, data = "variant_share = 0.5\noverwrite = true", 'variants = ["{text}", "question question {text} answer"]'
+    mixed = train_adapter(configure(top=top, data=data))
+    assert mixed.result.examples == 12
+    change = mixed.result.tokens - full.result.tokens  # the first variant lacks two tokens, the second has one more
+    assert change in {one - 2 * (6 - one) for one in range(7)}
+    assert change != 0
+
+
 def test_a_task_is_data_too(root: Path, configure: Configure) -> None:
     task = """
 name = "signs"
@@ -169,6 +179,11 @@ def test_two_processes_do_not_train_one_adapter(root: Path, configure: Configure
         ({"top": 'nam = "x"'}, r"run\.toml: key 'nam': .*; delete the key"),
         ({"top": "bare_share = 2.0"}, "key 'bare_share'"),
         ({"top": "bare_share = 0.5"}, "bare_share above 0 needs data.bare"),
+        ({"top": "variant_share = 0.5"}, "variant_share above 0 needs data.variants"),
+        (
+            {"top": "bare_share = 0.6\nvariant_share = 0.6", "data": 'bare = "{text}"\nvariants = ["{text}!"]'},
+            "bare_share and variant_share add up to more than 1",
+        ),
         ({"data": "limit = 0"}, "key 'data.source.limit'"),
         ({"data": 'sprit = "train"'}, "key 'data.source.sprit'.*; delete the key"),
         ({"sft": "epochs = 0"}, "run.toml: epochs is 0; it must be at least 1"),
