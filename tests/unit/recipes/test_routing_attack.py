@@ -6,7 +6,6 @@ from typing import cast
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench import RoutingAttackRun
 from treadle.configs.fleet import FleetSettings
@@ -17,24 +16,13 @@ from treadle.recipes.bench.routing_attack import DEFAULT, ROUTINGS, quick_routin
 from treadle.recipes.fleet import grow_fleet
 from treadle.routing import routed
 from treadle.routing.calibration import LatentMoments
-from treadle.train.settings import SftSettings
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> RoutingAttackRun:
+def config(tiny_fleet: FleetSettings) -> RoutingAttackRun:
     """Two generated tasks of a few hundred tokens on a tiny base."""
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    fleet = FleetSettings(
-        base=str(tmp_path / "base"),
-        mean_rank=2,
-        uniform=True,
-        calibration_texts=6,
-        calibration_words=10,
-        sft=SftSettings(max_tokens=300, learning_rate=1e-2),
-    )
     return RoutingAttackRun(
-        seeds=(0,), tasks=("chain_sum", "syllogism"), limit=2, barred=1, known=4, inflation=1e3, fleet=fleet
+        seeds=(0,), tasks=("chain_sum", "syllogism"), limit=2, barred=1, known=4, inflation=1e3, fleet=tiny_fleet
     )
 
 

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench import ArmGroup, PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
 from treadle.configs.fleet import FleetSettings
 from treadle.recipes.bench.result import finished_runs
 from treadle.recipes.bench.routing_calibration import auroc, quick_routing_calibration, routing_calibration
-from treadle.train.settings import SftSettings
 
 TEXTS = (
     PublicTextChoice(name="prose", limit=24, words=8),
@@ -19,17 +17,11 @@ TEXTS = (
 
 
 @pytest.fixture
-def quality(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> RoutingQualityRun:
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
+def quality(tiny_fleet: FleetSettings) -> RoutingQualityRun:
     tasks = ("chain_sum", "syllogism")
-    fleet = FleetSettings(
-        base=str(tmp_path / "base"), mean_rank=2, uniform=True, calibration_texts=6, calibration_words=8,
-        sft=SftSettings(max_tokens=300, learning_rate=1e-2),
-    )  # fmt: skip
     return RoutingQualityRun(
         seeds=(0, 1, 2), tasks=tasks, asked=tasks, limit=4, conditions=("trained", "bare"), least_gain=0.1,
-        resamples=100, groups=(ArmGroup(name="none", arms=("base",)),), fleet=fleet,
+        resamples=100, groups=(ArmGroup(name="none", arms=("base",)),), fleet=tiny_fleet,
     )  # fmt: skip
 
 

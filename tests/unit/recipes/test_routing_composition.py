@@ -3,28 +3,19 @@
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from treadle.configs.bench import RoutingCompositionRun
 from treadle.configs.fleet import FleetSettings
 from treadle.data.prompts import Example
 from treadle.recipes.bench.result import finished_runs
 from treadle.recipes.bench.routing_composition import question, quick_routing_composition, routing_composition
-from treadle.train.settings import SftSettings
 
 
 @pytest.fixture
-def config(
-    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> RoutingCompositionRun:
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    fleet = FleetSettings(
-        base=str(tmp_path / "base"), mean_rank=2, uniform=True, calibration_texts=6, calibration_words=8,
-        sft=SftSettings(max_tokens=300, learning_rate=1e-2),
-    )  # fmt: skip
+def config(tiny_fleet: FleetSettings) -> RoutingCompositionRun:
     return RoutingCompositionRun(
-        seeds=(0, 1, 2), tasks=("chain_sum", "syllogism"), limit=1, top_k=(1, 2), temperature=0.5, fleet=fleet
+        seeds=(0, 1, 2), tasks=("chain_sum", "syllogism"), limit=1, top_k=(1, 2), temperature=0.5, fleet=tiny_fleet
     )
 
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench import RoutingContinualRun
-from treadle.configs.fleet import FleetRun
+from treadle.configs.fleet import FleetSettings
 from treadle.configs.toml import checked
 from treadle.errors import ConfigError
 from treadle.recipes.bench.routing_continual import (
@@ -17,30 +16,19 @@ from treadle.recipes.bench.routing_continual import (
     summary,
 )
 from treadle.recipes.fleet import grow_fleet
-from treadle.train.settings import SftSettings
 
 
 @pytest.fixture
-def config(
-    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> RoutingContinualRun:
+def config(tiny_fleet: FleetSettings, tmp_path: Path) -> RoutingContinualRun:
     """Three generated tasks of a few hundred tokens on a tiny base."""
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
     tasks = ("chain_sum", "syllogism", "family_relationships")
-    fleet = FleetRun(
-        base=str(tmp_path / "base"),
-        tasks=tasks,
-        out=tmp_path / "fleet",
-        mean_rank=2,
-        probe_texts=1,
-        probe_words=4,
-        calibration_texts=3,
-        calibration_words=10,
-        sft=SftSettings(max_tokens=300, learning_rate=1e-2),
-    )
     return RoutingContinualRun(
-        fleet=fleet, updated="syllogism", limit=3, quick_tasks=tasks[:2], quick_limit=2, quick_tokens=200
+        fleet=tiny_fleet.run(tasks, out=tmp_path / "fleet"),
+        updated="syllogism",
+        limit=3,
+        quick_tasks=tasks[:2],
+        quick_limit=2,
+        quick_tokens=200,
     )
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench import ArmGroup, RoutingQualityRun
 from treadle.configs.fleet import FleetSettings
@@ -12,24 +11,13 @@ from treadle.configs.toml import load_toml
 from treadle.errors import InputError
 from treadle.recipes.bench.result import finished_runs
 from treadle.recipes.bench.routing_quality import quick_routing_quality, routing_quality, summary
-from treadle.train.settings import SftSettings
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 TASKS = ("chain_sum", "syllogism")
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> RoutingQualityRun:
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    fleet = FleetSettings(
-        base=str(tmp_path / "base"),
-        mean_rank=2,
-        uniform=True,
-        calibration_texts=6,
-        calibration_words=8,
-        sft=SftSettings(max_tokens=300, learning_rate=1e-2),
-    )
+def config(tiny_fleet: FleetSettings) -> RoutingQualityRun:
     groups = (
         ArmGroup(name="ours", arms=("base", "oracle", "sequence", "linear")),
         ArmGroup(name="own", arms=("token",), calibration="own"),
@@ -44,7 +32,7 @@ def config(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrai
         least_gain=0.1,
         resamples=200,
         groups=groups,
-        fleet=fleet,
+        fleet=tiny_fleet,
     )
 
 

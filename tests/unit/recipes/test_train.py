@@ -108,7 +108,10 @@ def test_a_share_of_bare_prompts_changes_the_adapter(configure: Configure) -> No
 
 def test_a_share_of_variants_takes_turns(configure: Configure) -> None:
     full = train_adapter(configure())
-    top, data = "variant_share = 0.5\noverwrite = true", 'variants = ["{text}", "question question question {text} answer"]'
+    top, data = (
+        "variant_share = 0.5\noverwrite = true",
+        'variants = ["{text}", "question question question {text} answer"]',
+    )
     mixed = train_adapter(configure(top=top, data=data))
     assert mixed.result.examples == 12
     change = mixed.result.tokens - full.result.tokens  # the first variant lacks two tokens, the second has two more
