@@ -5,7 +5,7 @@ dict and the weights stay as they are, so whatever transformers can do with the 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -166,16 +166,47 @@ def trainable(
 
     Within the block the model itself is frozen; afterwards each of its parameters asks for gradients as before.
     """
+    zeros = {name: torch.zeros(shape.out_features, lora_A[name].shape[0]) for name, shape in shapes.items()}
+    with trainable_factors(model, lora_A, zeros, train_A=(), train_B=zeros) as (_, lora_B):
+        yield lora_B
+
+
+@contextlib.contextmanager
+def trainable_factors(
+    model: nn.Module,
+    lora_A: Mapping[str, Tensor],
+    folded_B: Mapping[str, Tensor],
+    *,
+    train_A: Collection[str],
+    train_B: Collection[str],
+) -> Iterator[tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]]:
+    """Yield trainable copies of the A and of the B that are named, injected with all others until the block ends.
+
+    Within the block the model and the factors that are not named are frozen, and the tensors given never change;
+    afterwards each parameter of the model asks for gradients as before. Where B is zero, A has no gradient.
+
+    Args:
+        model: the base model.
+        lora_A: (rank, in_features) a module.
+        folded_B: (out_features, rank) a module, scaling included.
+        train_A: modules whose A is trained.
+        train_B: modules whose B is trained.
+
+    Raises:
+        MismatchError: a module is missing in the model or has another shape.
+    """
     device = next(model.parameters()).device
+
+    def copies(factors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, nn.Parameter]:
+        chosen = {name: factors[name] for name in factors if name in names}
+        return {name: nn.Parameter(tensor.detach().to(device, copy=True)) for name, tensor in chosen.items()}
+
+    moving_A, moving_B = copies(lora_A, train_A), copies(folded_B, train_B)
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    lora_B = {
-        name: nn.Parameter(torch.zeros(shape.out_features, lora_A[name].shape[0], device=device))
-        for name, shape in shapes.items()
-    }
     try:
         model.requires_grad_(False)
-        with inject(model, lora_A, lora_B):
-            yield lora_B
+        with inject(model, {**lora_A, **moving_A}, {**folded_B, **moving_B}):
+            yield moving_A, moving_B
     finally:
         for parameter, requires_grad in asked.items():
             parameter.requires_grad_(requires_grad)

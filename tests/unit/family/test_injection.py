@@ -8,7 +8,14 @@ from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from treadle.errors import MismatchError, UnsupportedError
-from treadle.family.injection import adapted_layers, inject, linear_shapes, low_rank_delta, trainable
+from treadle.family.injection import (
+    adapted_layers,
+    inject,
+    linear_shapes,
+    low_rank_delta,
+    trainable,
+    trainable_factors,
+)
 from treadle.family.plan import LayerShape
 
 TOKENS = torch.tensor([[1, 5, 9, 33, 7, 2], [1, 8, 4, 30, 31, 32]])
@@ -99,6 +106,42 @@ def test_only_b_learns(name: str, request: pytest.FixtureRequest) -> None:
     assert all(p.grad is None for p in model.parameters())
     assert all(a.grad is None for a in A.values())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_both_factors_are_those_of_merged_weights(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    A, B = random_update(model)
+    names = list(A)
+    train_A, train_B = set(names[::2]), set(names[1:])
+    with trainable_factors(model, A, B, train_A=train_A, train_B=train_B) as (moving_A, moving_B):
+        assert (moving_A.keys(), moving_B.keys()) == (train_A, train_B)
+        model(**named(model)).logits.square().sum().backward()
+        found = {key: p.grad for key, p in moving_A.items()}, {key: p.grad for key, p in moving_B.items()}
+    leaves_A = {key: tensor.clone().requires_grad_() for key, tensor in A.items()}
+    leaves_B = {key: tensor.clone().requires_grad_() for key, tensor in B.items()}
+    merged = {}
+    for key in names:
+        layer, update = model.get_submodule(key), leaves_B[key] @ leaves_A[key]
+        merged[f"{key}.weight"] = layer.weight + (update.T if isinstance(layer, Conv1D) else update)
+    functional_call(model, merged, kwargs=named(model)).logits.square().sum().backward()
+    for ours, oracle in zip(found, (leaves_A, leaves_B), strict=True):
+        for key, gradient in ours.items():
+            # float32 sums in another order; gradients are of size 1 to 1000
+            torch.testing.assert_close(gradient, oracle[key].grad, rtol=2e-3, atol=2e-3 * oracle[key].grad.abs().max())
+
+
+def test_training_both_factors_leaves_what_was_given_as_it_was(tiny_llama: LlamaForCausalLM) -> None:
+    A, B = random_update(tiny_llama)
+    kept = {key: (A[key].clone(), B[key].clone()) for key in A}
+    before = logits(tiny_llama)
+    with trainable_factors(tiny_llama, A, B, train_A=A, train_B=B) as (moving_A, moving_B):
+        with torch.no_grad():
+            for parameter in (*moving_A.values(), *moving_B.values()):
+                parameter.add_(1.0)
+        assert not torch.equal(logits(tiny_llama), before)
+    assert torch.equal(logits(tiny_llama), before)
+    assert all(torch.equal(A[key], a) and torch.equal(B[key], b) for key, (a, b) in kept.items())
 
 
 def test_a_low_precision_layer_keeps_its_dtype_and_the_update_its_own() -> None:
