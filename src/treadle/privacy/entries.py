@@ -152,7 +152,7 @@ def _entry(content: Mapping[str, object]) -> Entry:
         case "allowed":
             return Allowed(_text(content, "data"), _budget(content), _text(content, "reason"))
         case "debited":
-            key = ReleaseKey(_text(content, "run"), int(_number(content, "server_round")), _text(content, "request"))
+            key = ReleaseKey(_text(content, "run"), _whole(content, "server_round"), _text(content, "request"))
             return Debited(_text(content, "data"), key, _event(content["event"]))
         case kind:
             raise ValueError(f"unknown kind {kind!r}")
@@ -169,6 +169,13 @@ def _number(content: Mapping[str, object], key: str) -> float:
     value = content[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{key} is no number")
+    return float(value)
+
+
+def _whole(content: Mapping[str, object], key: str) -> int:
+    value = content[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{key} is no whole number")
     return value
 
 
