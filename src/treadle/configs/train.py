@@ -47,7 +47,8 @@ class SourceData(RunConfig):
     name: str | None = None
 
 
-def _kind_of_data(data: object) -> str:
+def kind_of_data(data: object) -> str:
+    """The tag of the kind of data that a table describes."""
     task = isinstance(data, TaskData) or (isinstance(data, dict) and "task" in data)
     return "task" if task else "source"
 
@@ -73,7 +74,7 @@ class TrainRun(RunConfig):
     name: str
     out: Path
     data: Annotated[
-        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(_kind_of_data)
+        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
     ]
     base: str | None = None
     bare_share: float = Field(default=0.0, ge=0.0, le=1.0)

@@ -71,8 +71,17 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
 
 
 def _examples(config: TrainRun) -> list[Example]:
-    data, seed = config.data, config.sft.seed
     shares: dict[Condition, float] = {"bare": config.bare_share, "variant": config.variant_share}
+    return examples_of(config.data, shares=shares, seed=config.sft.seed)
+
+
+def examples_of(data: TaskData | SourceData, *, shares: Mapping[Condition, float], seed: int) -> list[Example]:
+    """The examples of a task or a source, the shares of them in other conditions than trained.
+
+    Raises:
+        InputError: the data cannot be read, or lack a field or a variant.
+        UnavailableError: what draws them is not installed.
+    """
     if isinstance(data, TaskData):
         return task_examples(load_task(data.task), root=data.root, limit=data.limit, shares=shares, seed=seed)
     return _of_source(data, shares, seed=seed)

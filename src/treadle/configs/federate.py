@@ -1,0 +1,113 @@
+"""The TOML of `treadle federate`: a run's, which the server reads, and a silo's, which no server can change."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from treadle.configs.toml import RunConfig
+from treadle.configs.train import SourceData, TaskData, kind_of_data
+from treadle.train.federated.settings import LocalWork, RoundRules
+from treadle.train.federated.variants import VariantSettings
+
+
+class FederateRun(RunConfig):
+    """Which adapter a federation trains, and how.
+
+    Attributes:
+        family: the family's folder.
+        name: the adapter's.
+        out: the adapter's folder; the run's state is kept beside it, in `.NAME.federation`.
+        work: what every client does in a round.
+        rules: of the rounds: who takes part, how many it takes, how long to wait.
+        variant: what is trained and how it is joined.
+        silos: the silos' TOML files, to run all of them in this process; none where they are SuperNodes.
+        page: an HTML page that is refreshed after every round.
+        overwrite: whether a folder at `out` is replaced.
+    """
+
+    family: Path
+    name: str
+    out: Path
+    work: LocalWork
+    rules: RoundRules
+    variant: VariantSettings = VariantSettings()
+    silos: tuple[Path, ...] = ()
+    page: Path | None = None
+    overwrite: bool = False
+
+
+class SiloPrivacy(RunConfig):
+    """What one run may cost a row of a silo.
+
+    Attributes:
+        epsilon: of all rounds of a run together, above 0; "none" for no noise and no guarantee.
+        delta: below 1 / records.
+        records: how many rows there are, or a lower bound of it; this number is public.
+        share_records: whether the server is told it, to weigh by it.
+    """
+
+    epsilon: Annotated[float, Field(gt=0)] | Literal["none"]
+    delta: float = Field(gt=0, lt=1)
+    records: int = Field(ge=1)
+    share_records: bool = False
+
+
+class SiloLedger(RunConfig):
+    """Where a silo keeps account, and what it allows in all.
+
+    Attributes:
+        path: the ledger's file, made by `treadle ledger new`.
+        data: the data set's name in it: all spending on these rows stands under it, whatever the run.
+        epsilon: budget over all runs ever, at the δ of `privacy`; that of one run if None, "none" for no limit.
+    """
+
+    path: Path
+    data: str
+    epsilon: Annotated[float, Field(gt=0)] | Literal["none"] | None = None
+
+
+class SuperNode(RunConfig):
+    """How a silo reaches a real server.
+
+    Attributes:
+        superlink: HOST:PORT.
+        root_certificates: PEM file of the authority that signed the server's certificate.
+        private_key: the node's own key; its public half is registered with the server.
+        port: of the node's own processes on this machine, on the loopback address.
+    """
+
+    superlink: str
+    root_certificates: Path
+    private_key: Path
+    port: int = Field(default=9094, ge=1, le=65535)
+
+
+class SiloRun(RunConfig):
+    """One client.
+
+    Attributes:
+        name: what the server calls it.
+        folder: where families that it receives are kept.
+        data: its rows.
+        privacy: what one run may cost.
+        ledger: where that is written down.
+        family: a family's folder, to work for no other; None for any.
+        base: where the family's base model is, if its own label does not say.
+        micro_batch: rows in one forward pass.
+        device: "auto", "cpu", "cuda", …
+        supernode: how it reaches the server; not needed in one process.
+    """
+
+    name: str
+    folder: Path
+    data: Annotated[
+        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
+    ]
+    privacy: SiloPrivacy
+    ledger: SiloLedger
+    family: Path | None = None
+    base: str | None = None
+    micro_batch: int = Field(default=8, ge=1)
+    device: str = "auto"
+    supernode: SuperNode | None = None

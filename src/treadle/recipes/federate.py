@@ -1,0 +1,134 @@
+"""A family and some silos make one adapter: B is trained where the rows are, and only B travels.
+
+silos           each with its rows, its ledger and its own terms
+family          A and plan, sent once, checked by their fingerprint
+rounds          clients train B privately, the server joins what they send; the state is kept after each
+adapter         a PEFT folder that says what each client has spent
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from treadle.configs.federate import FederateRun, SiloRun
+from treadle.configs.toml import load_toml
+from treadle.errors import ConfigError, InputError
+from treadle.family.adapter import Adapter
+from treadle.family.family import AdapterFamily
+from treadle.files import checked_name, locked
+from treadle.progress import Progress, silent
+from treadle.recipes.silo import silo_client
+from treadle.train.federated.checkpoint import RunFolder, facts_of, read_reports
+from treadle.train.federated.client import Silo
+from treadle.train.federated.federation import Federation
+from treadle.train.federated.result import federated_adapter
+from treadle.train.federated.run import federate, in_process_grid
+from treadle.train.federated.standing import RoundReport
+
+
+@dataclass(frozen=True)
+class FederatedRun:
+    """What a federation made.
+
+    Attributes:
+        adapter: as saved.
+        folder: where.
+        reports: of every round.
+        ended: why it ended before its last round; "" if it did not.
+    """
+
+    adapter: Adapter
+    folder: Path
+    reports: tuple[RoundReport, ...]
+    ended: str
+
+
+def federate_in_process(config: FederateRun, *, resume: bool = False, progress: Progress = silent) -> FederatedRun:
+    """The configured adapter, trained by silos that all live in this process, and saved in `config.out`.
+
+    Args:
+        config: the run's.
+        resume: whether a run that died goes on; without it, one that has begun is an error.
+        progress: told of every round.
+
+    Raises:
+        ConfigError: the silos are not the clients that the rules name.
+        InputError: `config.out` exists, a run has begun or has not, or a silo's data or ledger cannot be used.
+        UnavailableError: too few clients answered, or the disk refuses.
+    """
+    checked_name(config.name, where="key 'name'")
+    if config.out.exists() and not config.overwrite:
+        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
+    federation = federation_of(config)
+    silos = clients_of(config)
+    with _alone(config.out):
+        folder = RunFolder(state_folder(config), facts_of(federation))
+        _check_begun(folder, resume=resume)
+
+        def told(report: RoundReport) -> None:
+            progress(_line(report), report.server_round, config.work.rounds)
+
+        finished = federate(federation, in_process_grid(silos), folder, told)
+        if finished.progressed.server_round == 0:
+            raise InputError(f"no round was done: {finished.why}", remedy="mend that, then run again")
+        adapter = federated_adapter(federation, finished.progressed, config.name, data=", ".join(config.rules.clients))
+        adapter.save(config.out, overwrite=config.overwrite)
+    return FederatedRun(adapter, config.out, tuple(read_reports(folder.path)), finished.why)
+
+
+def federation_of(config: FederateRun) -> Federation:
+    """What the configuration runs."""
+    family = AdapterFamily.load(config.family)
+    variant = config.variant.variant(list(family.plan.modules), rounds=config.work.rounds)
+    return Federation(family, variant, config.work, config.rules)
+
+
+def clients_of(config: FederateRun) -> list[Silo]:
+    """The silos of the run, opened.
+
+    Raises:
+        ConfigError: there is none, or they are not the clients that the rules name.
+    """
+    if not config.silos:
+        raise ConfigError("key 'silos' is empty", remedy="name the silos' TOML files, or run on SuperNodes")
+    silos = [silo_client(load_toml(path, SiloRun)) for path in config.silos]
+    names = [silo.name for silo in silos]
+    if sorted(names) != sorted(config.rules.clients):
+        raise ConfigError(
+            f"the silos are called {', '.join(names)}, rules.clients says {', '.join(config.rules.clients)}",
+            remedy="name the same clients in both",
+        )
+    return silos
+
+
+def state_folder(config: FederateRun) -> Path:
+    """Where the run keeps its state."""
+    return config.out.parent / f".{config.out.name}.federation"
+
+
+def _check_begun(folder: RunFolder, *, resume: bool) -> None:
+    if folder.exists and not resume:
+        raise InputError("a run has begun here", where=folder.path, remedy="resume it, or delete the folder")
+    if resume and not folder.exists:
+        raise InputError("no run has begun here", where=folder.path, remedy="start it with `treadle federate run`")
+
+
+def _line(report: RoundReport) -> str:
+    accepted = sum(row.outcome == "accepted" for row in report.clients)
+    return f"{accepted} of {len(report.clients)} clients, mean update {report.mean_norm:.3g}, {report.seconds:.1f} s"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A block in which no other process runs the federation of `folder`.
+
+    Raises:
+        InputError: one does.
+    """
+
+    def refuse() -> None:
+        raise InputError("another process runs this federation", where=folder, remedy="wait for it")
+
+    with locked(folder.parent / f".{folder.name}.lock", refuse):
+        yield

@@ -1,0 +1,94 @@
+"""A silo's TOML makes a client: its rows, its base model, its ledger, and terms that no server can change."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from treadle import files
+from treadle.configs.federate import SiloRun
+from treadle.configs.train import SourceData
+from treadle.data.prompts import Example
+from treadle.errors import ConfigError
+from treadle.family.family import AdapterFamily
+from treadle.models.identity import BaseIdentity
+from treadle.privacy.entries import Budget
+from treadle.privacy.ledger import Ledger
+from treadle.recipes.bases import loaded_base
+from treadle.recipes.train import examples_of
+from treadle.train.federated.client import Silo
+from treadle.train.federated.local import OpenedSilo, Terms, local_training
+from treadle.train.federated.messages import Order
+from treadle.train.rows import encoded
+from treadle.train.settings import SftSettings
+
+
+def silo_client(config: SiloRun) -> Silo:
+    """The client that a silo's configuration describes, its data read and registered in its ledger.
+
+    Raises:
+        ConfigError: a number contradicts another.
+        InputError: the data, the ledger or the pinned family cannot be used.
+        MismatchError: the ledger knows these data under another name, or another budget.
+    """
+    files.checked_name(config.name, where="key 'name'")
+    check_delta(config)
+    examples = examples_of(config.data, shares={}, seed=0)
+    ledger = Ledger.open(config.ledger.path)
+    ledger.register(config.ledger.data, budget=budget_of(config), source=_source(config, examples))
+    terms = Terms(
+        config.ledger.data, ledger, number_of(config.privacy.epsilon), config.privacy.delta, config.privacy.records
+    )
+
+    @lru_cache(maxsize=1)
+    def opened(fingerprint: str, max_length: int) -> OpenedSilo:
+        family = AdapterFamily.load(config.folder / fingerprint)
+        model, tokenizer = _base(family.base, config.base, config.device)
+        return OpenedSilo(model, encoded(model, tokenizer, examples, SftSettings(max_length=max_length)))
+
+    def open_for(family: AdapterFamily, order: Order) -> OpenedSilo:
+        return opened(family.fingerprint, order.work.max_length)
+
+    pinned = AdapterFamily.load(config.family).fingerprint if config.family else None
+    records = config.privacy.records if config.privacy.share_records else None
+    return Silo(config.name, config.folder, local_training(terms, open_for), pinned, records)
+
+
+def check_delta(config: SiloRun) -> None:
+    """Return if δ is below one in the number of rows: at 1/n, publishing one row at random would pass for private.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.privacy.delta >= 1 / config.privacy.records:
+        raise ConfigError(
+            f"delta is {config.privacy.delta:g}, at least 1/records = {1 / config.privacy.records:.3g}",
+            where=f"silo {config.name!r}",
+            remedy="choose one well below 1/records",
+        )
+
+
+def budget_of(config: SiloRun) -> Budget:
+    """What the silo allows over all runs."""
+    allowed = config.privacy.epsilon if config.ledger.epsilon is None else config.ledger.epsilon
+    return Budget(number_of(allowed), config.privacy.delta)
+
+
+def number_of(epsilon: float | Literal["none"]) -> float:
+    """ε as a number: "none" is infinite."""
+    return math.inf if epsilon == "none" else float(epsilon)
+
+
+def _source(config: SiloRun, examples: list[Example]) -> Path | bytes:
+    """What identifies the data in the ledger: the file, or the examples where there is none."""
+    if isinstance(config.data, SourceData) and Path(config.data.source).is_file():
+        return Path(config.data.source)
+    return files.canonical_json([[example.prompt, example.completion] for example in examples])
+
+
+@lru_cache(maxsize=2)
+def _base(identity: BaseIdentity, named: str | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base, once a process: silos that share one take turns with it."""
+    return loaded_base(identity, named, device=device)

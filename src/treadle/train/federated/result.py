@@ -1,0 +1,74 @@
+"""The adapter that a federation made, with what every client spent on it."""
+
+from treadle.family.adapter import Adapter, Provenance, package_versions
+from treadle.train.federated.federation import Federation, Progressed
+
+COVERS = (
+    "one row of one silo: rows of a person in several silos compose, and neither the choice of settings "
+    "nor what silos publish otherwise is covered"
+)
+"""What the stated ε is about."""
+
+
+def federated_adapter(federation: Federation, progressed: Progressed, name: str, *, data: str) -> Adapter:
+    """The adapter as it stands, standard PEFT; outside of its family where a variant has moved an A.
+
+    Its ε is the largest of the clients', whose rows are disjoint; None as soon as one of them is unaccounted. The
+    provenance names each client's own ε and δ, which is all that it says about clients.
+
+    Args:
+        federation: what was run.
+        progressed: how far.
+        name: the adapter's.
+        data: what its training data are called.
+    """
+    state, family = progressed.state, federation.family
+    lora_B = {module: B / family.scaling(module) for module, B in state.lora_B.items()}
+    provenance = _provenance(federation, progressed, data)
+    if not state.moved:
+        return Adapter.of_family(
+            family,
+            name,
+            lora_B,
+            provenance=provenance,
+            task_type=progressed.task_type,
+            transposed=progressed.transposed,
+        )
+    return Adapter(
+        name,
+        family.plan,
+        state.lora_A,
+        lora_B,
+        None,
+        family.base,
+        provenance,
+        progressed.task_type,
+        progressed.transposed,
+    )
+
+
+def _provenance(federation: Federation, progressed: Progressed, data: str) -> Provenance:
+    members = {name: row for name, row in progressed.members.items() if row.rounds > 0}
+    spent = [row.epsilon for row in members.values()]
+    deltas = [row.delta for row in members.values() if row.delta is not None]
+    accounted = bool(spent) and None not in spent
+    settings: dict[str, str | int | float | bool | None] = {
+        **federation.work.facts(),
+        "variant": federation.variant.name,
+        "weighting": federation.rules.weighting,
+        "server_rounds": progressed.server_round,
+        "covers": COVERS if accounted else "none",
+    }
+    for client, row in members.items():
+        settings[f"rounds of {client}"] = row.rounds
+        settings[f"epsilon of {client}"] = "none" if row.epsilon is None else row.epsilon
+        settings[f"delta of {client}"] = row.delta
+    return Provenance(
+        method=federation.variant.name,
+        data=data,
+        epsilon=max((value for value in spent if value is not None), default=None) if accounted else None,
+        delta=max(deltas, default=None) if accounted else None,
+        seeds={"family": federation.family.seed, "clients": federation.rules.seed},
+        settings=settings,
+        versions=package_versions(),
+    )

@@ -1,0 +1,84 @@
+"""`treadle federate` in one process: TOMLs in, one PEFT folder out, and the state that survives a death."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from treadle.configs.federate import FederateRun
+from treadle.configs.toml import load_toml
+from treadle.family.adapter import Adapter
+from treadle.family.family import AdapterFamily
+from treadle.family.injection import linear_shapes
+from treadle.family.plan import RankPlan
+from treadle.privacy.ledger import Ledger
+from treadle.recipes.federate import federate_in_process
+
+NAMES = ("north", "south", "east")
+
+RUN = """
+family = "{root}/family"
+name = "signs"
+out = "{root}/signs"
+silos = [{silos}]
+[work]
+rounds = 3
+expected_batch = 4
+learning_rate = 0.1
+local_steps = 2
+[rules]
+clients = ["north", "south", "east"]
+pause = 0
+"""
+
+SILO = """
+name = "{name}"
+base = "{root}/base"
+folder = "{root}/{name}"
+[data]
+source = "{root}/{name}.jsonl"
+prompt = "question {{text}} answer"
+completion = " {{label}}"
+[privacy]
+epsilon = "none"
+delta = 1e-3
+records = 12
+[ledger]
+path = "{root}/{name}.ledger"
+data = "{name}-signs"
+"""
+
+
+@pytest.fixture
+def root(
+    tmp_path: Path,
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder with a base, a family of it, three silos of twelve rows with their ledgers, and a run over them."""
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    tiny_llama.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    plan = RankPlan.uniform(linear_shapes(tiny_llama, ["q_proj", "v_proj"]), rank=2, scaling=2.0)
+    AdapterFamily.create(base=str(tmp_path / "base"), plan=plan, seed=4).save(tmp_path / "family")
+    for place, name in enumerate(NAMES):
+        rows = [{"text": f"w{40 + 12 * place + i}", "label": "good" if i % 2 else "bad"} for i in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.toml").write_text(SILO.format(root=tmp_path, name=name))
+        Ledger.create(tmp_path / f"{name}.ledger")
+    silos = ", ".join(f'"{tmp_path}/{name}.toml"' for name in NAMES)
+    (tmp_path / "run.toml").write_text(RUN.format(root=tmp_path, silos=silos))
+    return tmp_path
+
+
+def test_three_silos_make_an_adapter_of_the_family(root: Path) -> None:
+    made = federate_in_process(load_toml(root / "run.toml", FederateRun))
+    family = AdapterFamily.load(root / "family")
+    stored = Adapter.load(root / "signs", family=family)
+    assert stored.family == family.fingerprint
+    assert all(B.any() for B in stored.lora_B.values())
+    assert [report.server_round for report in made.reports] == [1, 2, 3]
+    assert {row.outcome for report in made.reports for row in report.clients} == {"accepted"}
+    assert stored.provenance.epsilon is None
