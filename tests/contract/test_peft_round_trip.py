@@ -7,14 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily
+from treadle.family.initial import weight_svd
 from treadle.family.injection import inject, linear_shapes
 from treadle.family.peft_format import read
 from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
+from treadle.recipes.public_pca import public_pca
 
 # peft 0.21 asks transformers 5.23 in the old way; that is between the two of them.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -64,6 +66,26 @@ def test_peft_opens_what_we_write(name: str, ranks: str, request: pytest.Fixture
     assert torch.equal(injected(model, loaded, name), ours)
     trained = [key for key, parameter in opened.named_parameters() if parameter.requires_grad]
     assert trained == []
+
+
+@pytest.mark.parametrize("init", ["weight-svd", "public-pca"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_peft_opens_adapters_whose_A_comes_from_the_base(
+    name: str, init: str, request: pytest.FixtureRequest, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model, passages = request.getfixturevalue(name), [f"the film is w{i} not good" for i in range(8)]
+    plan = plan_of(model, "mixed")
+    made = weight_svd(model, plan) if init == "weight-svd" else public_pca(model, tiny_tokenizer, plan, passages)
+    family = AdapterFamily.of_tensors(base=BaseIdentity("tiny", "0" * 64), plan=plan, lora_A=made, init=init, seed=0)
+    lora_B = {module: torch.randn(row.out_features, row.rank) for module, row in plan.modules.items()}
+    transposed = name == "tiny_gpt2"
+    adapter = Adapter.of_family(family, "a", lora_B, provenance=Provenance("sft"), transposed=transposed)
+    ours, bare = injected(model, adapter, name), logits(model, name)
+    adapter.save(tmp_path / "a")
+    opened = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(opened, name), ours, rtol=0, atol=1e-5)
+    assert (ours - bare).abs().max() > 1e-2
+    assert Adapter.load(tmp_path / "a", family=family).family == family.fingerprint
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -22,7 +22,7 @@ def group() -> None:
 
 @commands.command("new")
 def new_command(run: Run, json: Json = False) -> None:
-    """Draw the frozen A of every planned layer and store the family under one fingerprint.
+    """Make the frozen A of every planned layer and store the family under one fingerprint.
 
     Example: treadle family new family.toml
     """
@@ -33,6 +33,5 @@ def new_command(run: Run, json: Json = False) -> None:
 
     config = load_toml(run, FamilyRun)
     with working() as progress:
-        progress("drawing the frozen A", 0, 0)
-        family = new_family(config)
+        family = new_family(config, progress)
     show_family(family, config.out, json=json)

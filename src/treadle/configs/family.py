@@ -3,7 +3,25 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field, model_validator
+
 from treadle.configs.toml import RunConfig
+
+
+class PublicText(RunConfig):
+    """Which public text the base reads, in whose principal directions A lies.
+
+    Attributes:
+        source: "pydoc", or a file as `public_texts` reads it. Its name and digest are recorded: nothing private.
+        passages: at most.
+        words: of one passage, at most.
+        field: of a row that holds the text.
+    """
+
+    source: str = "pydoc"
+    passages: int = Field(default=64, ge=1)
+    words: int = Field(default=60, ge=1)
+    field: str = "text"
 
 
 class FamilyRun(RunConfig):
@@ -13,8 +31,11 @@ class FamilyRun(RunConfig):
         base: catalogue name, folder or hub id of the frozen base.
         plan: a plan.json for it.
         out: the family's folder.
-        seed: of the frozen A.
-        init: how A is drawn.
+        seed: of the frozen A; of "public-pca", of the choice of passages; "weight-svd" has nothing to draw.
+        init: how A is made: drawn ("kaiming", "orthonormal"), from the base's weights ("weight-svd") or from what its
+            layers see of a public text ("public-pca"). None costs ε.
+        text: the public text of "public-pca".
+        device: "auto", "cpu", "cuda", … where the base reads it.
         overwrite: whether a folder at `out` is replaced.
     """
 
@@ -22,5 +43,13 @@ class FamilyRun(RunConfig):
     plan: Path
     out: Path
     seed: int = 0
-    init: Literal["kaiming", "orthonormal"] = "kaiming"
+    init: Literal["kaiming", "orthonormal", "weight-svd", "public-pca"] = "kaiming"
+    text: PublicText | None = None
+    device: str = "auto"
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _text_is_read(self) -> "FamilyRun":
+        if self.text is not None and self.init != "public-pca":
+            raise ValueError(f"init {self.init!r} reads no text; delete [text] or set init to 'public-pca'")
+        return self

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -29,8 +29,9 @@ class AdapterFamily:
     """Everything that the adapters of a family share; an adapter adds only its lora_B.
 
     The fingerprint is the SHA-256 of the bytes of `family.json`, which holds the base's identity, the plan with its
-    scalings, how A was drawn, and the SHA-256 of `lora_A.safetensors`: one changed byte in either file is another
-    family or an error.
+    scalings, how A was made, and the SHA-256 of `lora_A.safetensors`: one changed byte in either file is another
+    family or an error. `origin` says what A was made from where `init` and `seed` do not: the name and the SHA-256 of a
+    public text, or the family that training left.
     """
 
     base: BaseIdentity
@@ -40,6 +41,7 @@ class AdapterFamily:
     seed: int
     weights: bytes
     metadata: bytes
+    origin: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @staticmethod
     def create(*, base: BaseIdentity | str, plan: RankPlan, seed: int, init: str = "kaiming") -> "AdapterFamily":
@@ -51,10 +53,11 @@ class AdapterFamily:
             plan: ranks and scalings.
             seed: any integer.
             init: "kaiming", uniform on ±1/√in_features (PEFT's default for A), the same on every machine; or
-                "orthonormal", orthonormal rows, the same only where log, cos and QR agree.
+                "orthonormal", orthonormal rows, the same only where log, cos and QR agree. What needs the model,
+                "weight-svd" and "public-pca", comes to `of_tensors` as tensors (`family.initial`).
 
         Raises:
-            InputError: an unknown `init`.
+            InputError: an `init` that is unknown or needs the model.
 
         Reference: arXiv 2403.12313 §3 (A random, shared, frozen).
         """
@@ -66,9 +69,23 @@ class AdapterFamily:
 
     @staticmethod
     def of_tensors(
-        *, base: BaseIdentity, plan: RankPlan, lora_A: Mapping[str, Tensor], init: str, seed: int
+        *,
+        base: BaseIdentity,
+        plan: RankPlan,
+        lora_A: Mapping[str, Tensor],
+        init: str,
+        seed: int,
+        origin: Mapping[str, str] | None = None,
     ) -> "AdapterFamily":
         """The family with these A, float32 (rank, in_features) a module.
+
+        Args:
+            base: identity of the frozen base model.
+            plan: ranks and scalings.
+            lora_A: as they shall be frozen.
+            init: how they were made, by name.
+            seed: what fixed that.
+            origin: what they were made from; never anything private, for it is stored and passed on.
 
         Raises:
             MismatchError: an A is missing or not of the plan's shape.
@@ -87,9 +104,10 @@ class AdapterFamily:
                 "seed": seed,
                 "lora_A_sha256": hashlib.sha256(weights).hexdigest(),
                 "plan": plan.to_json(),
+                **({"origin": dict(origin)} if origin else {}),
             }
         )
-        return AdapterFamily(base, plan, MappingProxyType(ordered), init, seed, weights, metadata)
+        return AdapterFamily(base, plan, MappingProxyType(ordered), init, seed, weights, metadata, dict(origin or {}))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,9 +146,12 @@ class AdapterFamily:
             init, seed, digest = str(content["init"]), content["seed"], content["lora_A_sha256"]
         except (KeyError, TypeError) as error:
             raise FormatError(f"key {error} is missing", where=folder / METADATA, remedy="restore the file") from error
-        if not isinstance(plan, dict) or not isinstance(seed, int):
+        origin = content.get("origin", {})
+        if not isinstance(plan, dict) or not isinstance(origin, dict) or not isinstance(seed, int):
             raise FormatError(
-                "'plan' must be an object and 'seed' an integer", where=folder / METADATA, remedy="restore the file"
+                "'plan' and 'origin' must be objects and 'seed' an integer",
+                where=folder / METADATA,
+                remedy="restore the file",
             )
         path = folder / WEIGHTS
         lora_A = read_tensors(path)
@@ -144,7 +165,10 @@ class AdapterFamily:
             if (A.dtype, tuple(A.shape)) != (torch.float32, (row.rank, row.in_features)) or not A.isfinite().all():
                 raise FormatError(f"{name!r} is not what the plan says", where=path, remedy="restore the file")
         ordered = {name: lora_A[name] for name in ranks.modules}
-        return AdapterFamily(identity, ranks, MappingProxyType(ordered), init, seed, path.read_bytes(), metadata)
+        made_from = {str(key): str(value) for key, value in origin.items()}
+        return AdapterFamily(
+            identity, ranks, MappingProxyType(ordered), init, seed, path.read_bytes(), metadata, made_from
+        )
 
 
 def _kaiming(seed: int, name: str, module: ModulePlan) -> np.ndarray:

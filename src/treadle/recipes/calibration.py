@@ -90,7 +90,7 @@ def calibration_of(source: PublicSource | OwnSource, names: Sequence[str]) -> Ca
     if isinstance(source, PublicSource):
         found = public_texts(source.text, limit=source.limit, words=source.words, seed=source.seed, field=source.field)
         kind = AnalyticCalibration if source.method == "analytic" else PublicCalibration
-        return kind(found.passages, name=_label(source.text))
+        return kind(found.passages, name=text_label(source.text))
     missing = [name for name in names if name not in source.texts]
     if missing:
         raise InputError(f"no text of its own for adapter {missing[0]!r}", remedy=f"pass --own {missing[0]}=FILE")
@@ -108,8 +108,8 @@ def calibration_of(source: PublicSource | OwnSource, names: Sequence[str]) -> Ca
     )
 
 
-def _label(text: str) -> str:
-    """What the bank calls the text: a file's own name, never its path."""
+def text_label(text: str) -> str:
+    """What a text is called where it is recorded: a file's own name, never its path."""
     return Path(text).name if Path(text).exists() else text
 
 

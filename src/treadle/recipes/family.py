@@ -1,27 +1,42 @@
-"""A plan, a base and a seed make a family: one frozen lora_A a module, drawn by a generator of its own."""
+"""A plan and a base make a family: one frozen lora_A a module, under one fingerprint.
 
+kaiming, orthonormal    drawn, by a generator of its own for every module
+weight-svd              the right singular vectors of the layer's weight
+public-pca              the principal directions of what the layer sees of a public text
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from treadle.configs.family import FamilyRun
-from treadle.errors import MismatchError
-from treadle.family.family import AdapterFamily
+from treadle.configs.family import FamilyRun, PublicText
+from treadle.data.public_text import public_texts
+from treadle.errors import InputError, MismatchError
+from treadle.family.family import INITS, AdapterFamily
+from treadle.family.initial import weight_svd
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
-from treadle.models.loading import identity_of, load_model
+from treadle.models.loading import identity_of, load_model, load_tokenizer
+from treadle.progress import Progress, silent
+from treadle.recipes.calibration import text_label
+from treadle.recipes.public_pca import public_pca
 
 
-def new_family(config: FamilyRun) -> AdapterFamily:
+def new_family(config: FamilyRun, progress: Progress = silent) -> AdapterFamily:
     """The family of the configured plan, also saved in the folder `config.out`.
 
     Raises:
-        InputError: `config.out` exists, or there is no such plan or base.
+        InputError: `config.out` exists, there is no such plan, base or text, or the text is too short for the ranks.
         MismatchError: the plan was made for another base, or names layers that this one lacks.
         UnavailableError: the base must be fetched and cannot be, or the disk refuses.
     """
+    if config.out.exists() and not config.overwrite:  # said before minutes of work, not after
+        raise InputError("already exists", where=config.out, remedy="choose another name or set overwrite")
     plan = RankPlan.load(config.plan)
+    progress("opening the base model", 0, 0)
     base = identity_of(config.base)
     if plan.provenance.get("base_sha256", base.sha256) != base.sha256:
         raise MismatchError(
@@ -29,10 +44,18 @@ def new_family(config: FamilyRun) -> AdapterFamily:
             where=config.plan,
             remedy="name that base or plan again",
         )
-    model = load_model(config.base, device="cpu")
-    return store_family(
-        config.out, model, plan, base=base, seed=config.seed, init=config.init, overwrite=config.overwrite
+    model = load_model(config.base, device=config.device)
+    plan.check(linear_shapes(model))
+    if config.init in INITS:
+        return store_family(
+            config.out, model, plan, base=base, seed=config.seed, init=config.init, overwrite=config.overwrite
+        )
+    lora_A, origin = _of_the_base(config, model, plan, progress)
+    family = AdapterFamily.of_tensors(
+        base=base, plan=plan, lora_A=lora_A, init=config.init, seed=config.seed, origin=origin
     )
+    family.save(config.out, overwrite=config.overwrite)
+    return family
 
 
 def store_family(
@@ -45,10 +68,10 @@ def store_family(
     init: str = "kaiming",
     overwrite: bool = False,
 ) -> AdapterFamily:
-    """The family of this plan over `model`, whose stored identity is `base`, also saved in `folder`.
+    """The family of this plan over `model`, whose stored identity is `base`, A drawn, also saved in `folder`.
 
     Raises:
-        InputError: the folder exists and `overwrite` is false, or there is no such `init`.
+        InputError: the folder exists and `overwrite` is false, or A of this `init` is not drawn.
         MismatchError: the plan names layers that the model lacks.
         UnavailableError: the disk refuses.
     """
@@ -56,3 +79,15 @@ def store_family(
     family = AdapterFamily.create(base=base, plan=plan, seed=seed, init=init)
     family.save(folder, overwrite=overwrite)
     return family
+
+
+def _of_the_base(
+    config: FamilyRun, model: PreTrainedModel, plan: RankPlan, progress: Progress
+) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    """A made from the model, and what else it was made from."""
+    if config.init == "weight-svd":
+        return weight_svd(model, plan, progress), {}
+    wanted = config.text or PublicText()
+    text = public_texts(wanted.source, limit=wanted.passages, words=wanted.words, seed=config.seed, field=wanted.field)
+    lora_A = public_pca(model, load_tokenizer(config.base), plan, text.passages, progress)
+    return lora_A, {"text": text_label(wanted.source), "text_sha256": text.sha256}

@@ -81,8 +81,11 @@ def test_everything_that_defines_a_family_is_in_its_fingerprint() -> None:
         family(plan=RankPlan.of_ranks(SHAPES, {"z.first": 2, "a.second": 2}, scaling=2.0)),
         family(plan=RankPlan(dict(reversed(PLAN.modules.items())))),
         AdapterFamily.of_tensors(base=BASE, plan=PLAN, lora_A=one, init="kaiming", seed=0),
+        AdapterFamily.of_tensors(
+            base=BASE, plan=PLAN, lora_A=family().lora_A, init="kaiming", seed=0, origin={"text": "t"}
+        ),
     ]
-    assert len({family().fingerprint, *(other.fingerprint for other in others)}) == 8
+    assert len({family().fingerprint, *(other.fingerprint for other in others)}) == 9
 
 
 def test_tensors_of_other_shapes_are_refused() -> None:
@@ -128,7 +131,8 @@ def test_no_byte_of_the_stored_family_can_change_unseen(tmp_path: Path) -> None:
         ({"base": {"name": "x"}}, "key 'sha256' is missing"),
         ({"base": {"name": "x", "sha256": "short"}}, "is not a SHA-256"),
         ({"base": None}, "key .* is missing"),
-        ({"plan": 3}, "'plan' must be an object"),
+        ({"plan": 3}, "'plan' and 'origin' must be objects"),
+        ({"origin": []}, "'plan' and 'origin' must be objects"),
         ({"seed": "3"}, "'seed' an integer"),
         ({"lora_A_sha256": "0" * 64}, "the frozen A were changed: SHA-256 differs"),
     ],
