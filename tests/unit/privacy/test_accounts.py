@@ -13,7 +13,7 @@ from treadle.privacy.accounts import Account, Accounts
 from treadle.privacy.entries import Allowed, Budget, Debited, Edited, Registered, ReleaseKey
 from treadle.privacy.sources import Source
 
-EVENT = MechanismEvent(4.0, 0.1, 10)
+EVENT = MechanismEvent(16.0, 1.0, 10)
 
 
 def key(server_round: int, run: str = "run") -> ReleaseKey:
@@ -34,7 +34,7 @@ def additive(events: Sequence[MechanismEvent], *, delta: float) -> float:
 
 
 def test_everything_is_composed_whatever_the_order_and_the_run() -> None:
-    events = [EVENT, MechanismEvent(3.0, 0.05, 4), EVENT, MechanismEvent(6.0, 1.0, 1)]
+    events = [EVENT, MechanismEvent(12.0, 0.05, 4), EVENT, MechanismEvent(24.0, 1.0, 1)]
     expected = epsilon_of(events, delta=1e-5)
     assert expected > epsilon_of(events[:3], delta=1e-5) > epsilon_of(events[:1], delta=1e-5)
     # The same numbers go through the same arithmetic: not one bit may differ.
@@ -43,12 +43,12 @@ def test_everything_is_composed_whatever_the_order_and_the_run() -> None:
 
 
 def test_the_budget_is_exact() -> None:
-    three = epsilon_of([MechanismEvent(4.0, 0.1, 30)], delta=1e-5)
+    three = epsilon_of([MechanismEvent(16.0, 1.0, 30)], delta=1e-5)
     opened(Budget(three, 1e-5), EVENT, EVENT).refuse_if_over(EVENT)
     with pytest.raises(BudgetError) as raised:
-        opened(Budget(three, 1e-5), EVENT, EVENT, EVENT).refuse_if_over(MechanismEvent(4.0, 0.1, 1))
+        opened(Budget(three, 1e-5), EVENT, EVENT, EVENT).refuse_if_over(MechanismEvent(16.0, 1.0, 1))
     line = str(raised.value)
-    assert "data set 'ward': 1 steps with noise 4 at rate 0.1 would make it" in line
+    assert "data set 'ward': 1 steps with noise 16 at rate 1 would make it" in line
     assert f"spent ε = {three:.4g}, budget ε = {three:.4g} at δ = 1e-05" in line
 
 

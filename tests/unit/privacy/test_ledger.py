@@ -18,7 +18,7 @@ from treadle.privacy.accounting import MechanismEvent, epsilon_of
 from treadle.privacy.chain import Head
 from treadle.privacy.ledger import REPLIES_KEPT, Budget, Ledger, ReleaseKey, release
 
-EVENT = MechanismEvent(4.0, 0.1, 10)
+EVENT = MechanismEvent(16.0, 1.0, 10)
 BUDGET = Budget(3.0, 1e-5)
 OPEN = Budget(math.inf, 1e-5)  # costs no composition
 
@@ -28,7 +28,7 @@ def key(server_round: int, run: str = "run", request: str = "0" * 64) -> Release
 
 
 def cost(steps: int) -> float:
-    return epsilon_of([MechanismEvent(4.0, 0.1, steps)], delta=1e-5)
+    return epsilon_of([MechanismEvent(16.0, 1.0, steps)], delta=1e-5)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_an_exhausted_budget_releases_nothing_and_still_resends(tmp_path: Path) 
     ledger = Ledger.create(tmp_path / "silo.ledger")
     ledger.register("ward", budget=Budget(cost(20), 1e-5), source=b"rows")
     sent = [release(ledger, "ward", key(number), EVENT, lambda: os.urandom(8)).payload for number in (1, 2)]
-    with pytest.raises(BudgetError, match=r"^data set 'ward': 10 steps with noise 4 at rate 0.1 would make it ε = "):
+    with pytest.raises(BudgetError, match=r"^data set 'ward': 10 steps with noise 16 at rate 1 would make it ε = "):
         release(ledger, "ward", key(3), EVENT, never)
     assert ledger.spent("ward") == cost(20)
     assert release(ledger, "ward", key(2), EVENT, never).payload == sent[1]
@@ -261,7 +261,7 @@ from treadle.privacy.ledger import Ledger, ReleaseKey
 ledger, paid = Ledger.open(Path(sys.argv[1])), 0
 for number in range(5):
     try:
-        ledger.debit("ward", ReleaseKey(sys.argv[2], number, ""), MechanismEvent(4.0, 0.1, 10))
+        ledger.debit("ward", ReleaseKey(sys.argv[2], number, ""), MechanismEvent(16.0, 1.0, 10))
         paid += 1
     except BudgetError:
         pass
