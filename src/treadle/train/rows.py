@@ -11,7 +11,7 @@ from treadle import files, randomness
 from treadle.data.prompts import Example
 from treadle.errors import InputError
 from treadle.train.objectives import Kind, kind_of
-from treadle.train.settings import SftSettings
+from treadle.train.settings import PrivateSettings, SftSettings
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def shuffled(count: int, seed: int, name: str) -> list[int]:
 
 
 def encoded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: SftSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: SftSettings | PrivateSettings,
 ) -> list[Row]:
     """The examples as rows, in their order.
 
@@ -91,7 +94,7 @@ def encoded(
     return [_row(model, tokenizer, kind, example, (i, limit, settings)) for i, example in enumerate(examples)]
 
 
-def _limit(model: PreTrainedModel, settings: SftSettings) -> int:
+def _limit(model: PreTrainedModel, settings: SftSettings | PrivateSettings) -> int:
     positions = getattr(model.config, "max_position_embeddings", None)
     return min(settings.max_length, positions) if isinstance(positions, int) else settings.max_length
 
@@ -101,7 +104,7 @@ def _row(
     tokenizer: PreTrainedTokenizerBase,
     kind: Kind,
     example: Example,
-    place: tuple[int, int, SftSettings],
+    place: tuple[int, int, SftSettings | PrivateSettings],
 ) -> Row:
     index, limit, settings = place
     where = f"example {index + 1}"

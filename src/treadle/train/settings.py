@@ -1,4 +1,4 @@
-"""What a run of supervised fine-tuning is told, apart from its model, family and data."""
+"""What a run is told, apart from its model, family and data; of a private run also without its guarantee."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -51,18 +51,14 @@ class SftSettings:
     def __post_init__(self) -> None:
         """Hold every number to its range."""
         for name in ("learning_rate", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+            _require(self, name, 0 < getattr(self, name) < float("inf"), "a positive number")
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "window"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("max_length", self.max_length >= 2, "at least 2")
-        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
-        self._require("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
-        self._require("checkpoint_seconds", self.checkpoint_seconds >= 0, "0 or more")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)}", remedy=f"it must be {expected}")
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "max_length", self.max_length >= 2, "at least 2")
+        _require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        _require(self, "warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        _require(self, "checkpoint_seconds", self.checkpoint_seconds >= 0, "0 or more")
 
     def decisive(self) -> dict[str, str | int | float | bool | None]:
         """The settings that shape the adapter, by name."""
@@ -73,3 +69,43 @@ class SftSettings:
         rising = min(round(self.warmup * steps), steps - 1)
         share = (step + 1) / (rising + 1) if step < rising else (steps - step) / (steps - rising)
         return self.learning_rate * share
+
+
+@dataclass(frozen=True)
+class PrivateSettings:
+    """The choices of private steps that cannot change what they promise; the promise is `PrivacySettings`.
+
+    Attributes:
+        learning_rate: at scaling 1, constant; above 0.
+        optimizer: "sgd" or "adam". Under SGD, (learning_rate, max_grad_norm, scaling s) and (learning_rate·s²,
+            max_grad_norm/s, 1) are the same run.
+        momentum: of SGD, in [0, 1).
+        micro_batch: examples in one forward pass; no influence but on memory, time and the last bits.
+        max_length: tokens of one example; what is longer follows `overlong`.
+        overlong: "truncate" cuts the prompt from the left, "refuse" raises, which whoever sees it learns about the row.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    learning_rate: float = 0.1
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.0
+    micro_batch: int = 16
+    max_length: int = 1024
+    overlong: Literal["truncate", "refuse"] = "truncate"
+
+    def __post_init__(self) -> None:
+        """Hold every number to its range."""
+        _require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "a positive number")
+        _require(self, "optimizer", self.optimizer in ("sgd", "adam"), "sgd or adam")
+        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _require(self, "momentum", self.momentum == 0 or self.optimizer == "sgd", "0 with adam")
+        _require(self, "micro_batch", self.micro_batch >= 1, "at least 1")
+        _require(self, "max_length", self.max_length >= 2, "at least 2")
+        _require(self, "overlong", self.overlong in ("truncate", "refuse"), "truncate or refuse")
+
+
+def _require(settings: SftSettings | PrivateSettings, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {getattr(settings, name)}", remedy=f"it must be {expected}")

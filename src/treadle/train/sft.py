@@ -1,9 +1,8 @@
 """Supervised fine-tuning of the B of one adapter in a family."""
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from treadle.train.checkpoint import Facts, Run
 from treadle.train.objectives import Kind, kind_of, summed_loss, weight
 from treadle.train.rows import Row, digest, encoded, within_budget
 from treadle.train.settings import SftSettings
-from treadle.train.unchanged import unchanged
+from treadle.train.unchanged import eval_mode, unchanged
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def train_sft(
     work = _Work(model, rows, steps_of([row.tokens for row in rows], settings), settings)
     facts: Facts = {**settings.decisive(), "data": digest(rows), "family": family.fingerprint, "kind": kind.name}
     shapes = {name: module.shape for name, module in family.plan.modules.items()}
-    with _eval_mode(model), unchanged(model, family.lora_A), trainable(model, family.lora_A, shapes) as folded:
+    with eval_mode(model), unchanged(model, family.lora_A), trainable(model, family.lora_A, shapes) as folded:
         run = Run(facts, folded, _optimizer(folded, settings))
         losses = run.resume(checkpoint_folder) if checkpoint_folder else []
         resumed_at = len(losses)
@@ -205,15 +204,3 @@ def _optimizer(lora_B: Mapping[str, nn.Parameter], settings: SftSettings) -> tor
 def _description(loss: float, rate: float, seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"loss {loss:.3f}, {rate:.0f} tokens/s, {minutes}:{rest:02d} left"
-
-
-@contextlib.contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """A block in which no module drops anything out; each module's own mode returns with its end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

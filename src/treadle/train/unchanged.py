@@ -1,4 +1,4 @@
-"""Proof that what must stay frozen stayed frozen."""
+"""What training leaves as it was: a proof for what is frozen, and every module's mode."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -31,3 +31,15 @@ def unchanged(model: nn.Module, lora_A: Mapping[str, Tensor]) -> Iterator[None]:
     for name, tensor in frozen.items():
         if checksum(tensor) != before[name]:
             raise TreadleError("a frozen tensor changed during training", where=name, remedy="report this as a bug")
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A block in which no module drops anything out; each module's own mode returns with its end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
