@@ -1,11 +1,12 @@
-"""Confidence intervals: of a share, of a mean over tasks."""
+"""Confidence intervals: of a share, of a mean, of a mean over tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist, fmean, stdev
 
 import numpy as np
+from scipy.stats import t as student
 
 from treadle.errors import InputError
 
@@ -40,6 +41,22 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Inte
     low = 0.0 if successes == 0 else centre - reach
     high = 1.0 if successes == trials else centre + reach
     return Interval(share, low, high, level)
+
+
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """The mean of independent values, such as one a seed, with Student's interval; one value has an infinite one.
+
+    Raises:
+        InputError: no values, a level outside (0, 1).
+    """
+    _check_level(level)
+    if not values:
+        raise InputError("no values", where="interval", remedy="give one a seed")
+    mean, count = fmean(values), len(values)
+    if count == 1:
+        return Interval(mean, -math.inf, math.inf, level)
+    reach = float(student.ppf((1 + level) / 2, count - 1)) * stdev(values) / math.sqrt(count)
+    return Interval(mean, mean - reach, mean + reach, level)
 
 
 def mean_over_tasks(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import InputError
-from treadle.evaluation.intervals import Interval, mean_over_tasks, wilson_interval
+from treadle.evaluation.intervals import Interval, mean_interval, mean_over_tasks, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,17 @@ def test_what_cannot_be_estimated_is_refused() -> None:
             mean_over_tasks(results)
     with pytest.raises(InputError, match="nothing to resample"):
         mean_over_tasks({"a": [1]}, resamples=0)
+
+
+def test_students_interval_of_a_mean() -> None:
+    interval = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    # Student 1908; t at 97.5% with 4 degrees of freedom is 2.776 in every table; the standard error is sqrt(2.5 / 5).
+    assert interval.estimate == 3.0
+    assert interval.high - 3.0 == pytest.approx(2.7764 * math.sqrt(0.5), abs=1e-4)
+    assert interval.high - 3.0 == pytest.approx(3.0 - interval.low)
+
+
+def test_one_value_says_nothing_about_the_mean() -> None:
+    assert mean_interval([0.4]) == Interval(0.4, -math.inf, math.inf, 0.95)
+    with pytest.raises(InputError, match="no values"):
+        mean_interval([])

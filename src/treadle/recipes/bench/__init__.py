@@ -21,11 +21,13 @@ from treadle.configs.bench import (
     RoutingModelCostRun,
     RoutingQualityRun,
 )
+from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
     demo_quality,
+    federated_quality,
     routing_attack,
     routing_calibration,
     routing_composition,
@@ -86,6 +88,20 @@ def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
 
 def _demo_quality_shown(config: DemoQualityRun, session: Session) -> BenchmarkResult:
     return demo_quality.summary(config, _recorded(session.runs))
+
+
+def _federated_quality(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return federated_quality.quick_federated_quality(
+            config, work=session.work, data=session.data, progress=session.progress
+        )
+    return federated_quality.federated_quality(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
+def _federated_quality_shown(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
+    return federated_quality.summary(config, _recorded(session.runs))
 
 
 def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
@@ -169,6 +185,7 @@ def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> Bench
 
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
+    "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, _federated_quality_shown),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
     "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, _routing_calibration_shown),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, _routing_composition_shown),

@@ -1,0 +1,368 @@
+"""`federated-quality`: what a frozen A is worth under differential privacy, beside averaging A and B apart.
+
+tune: every arm on one grid of learning rate × clip, one seed, validation rows
+test: every arm at its best, on fresh seeds and test rows
+
+One run is the articles' loop without a network: in every round every client takes its private steps from the global
+factors, and the variant joins what comes back. Noise is drawn from seeds: a run can be repeated and promises nothing.
+
+Reference: arXiv 2403.12313 §5 (the question and the clients), 1909.06335 (label skew by Dirichlet shares).
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from treadle.configs.bench_federated import FederatedCell, FederatedQualityRun, GridPoint
+from treadle.data.metrics import LabelLikelihood
+from treadle.data.tasks import Task, load_task
+from treadle.errors import InputError
+from treadle.evaluation.intervals import Interval, mean_interval
+from treadle.family.family import AdapterFamily
+from treadle.family.injection import inject, linear_shapes, trainable_factors
+from treadle.family.plan import RankPlan
+from treadle.models.heads import with_head
+from treadle.models.loading import identity_of, load_model, load_tokenizer
+from treadle.privacy.noise import SeededRandomness
+from treadle.privacy.plan import Mechanism, PrivacySettings
+from treadle.progress import Progress, silent
+from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.train.federated.aggregation import Update
+from treadle.train.federated.factors import Factors, GlobalState, key_of_A
+from treadle.train.federated.variants import Variant, VariantSettings, Work
+from treadle.train.objectives import padded
+from treadle.train.private import private_steps
+from treadle.train.rows import Row, encoded
+from treadle.train.settings import PrivateSettings
+
+NAME = "federated-quality"
+CENTRAL = "central"
+_JUDGED = ("sst2", 3, "severe")
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task's rows, encoded, and the base model that they are for."""
+
+    model: PreTrainedModel
+    base: Path
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a cell's arm at one ε, seed and point of the grid, judged on validation ("tune") or test rows."""
+
+    cell: FederatedCell
+    arm: str
+    epsilon: float
+    seed: int
+    point: GridPoint
+    stage: str
+
+    def key(self) -> dict[str, object]:
+        """What tells this trial from all others, as JSON has it."""
+        return {
+            "task": self.cell.task,
+            "clients": self.cell.clients,
+            "skew": self.cell.skew,
+            "epsilon": "inf" if self.epsilon == math.inf else self.epsilon,
+            "arm": self.arm,
+            "stage": self.stage,
+            "seed": self.seed,
+            "learning_rate": self.point.learning_rate,
+            "max_grad_norm": self.point.max_grad_norm,
+        }
+
+
+def federated_quality(
+    config: FederatedQualityRun, *, runs: Path, work: Path, data: Path | None, progress: Progress = silent
+) -> BenchmarkResult:
+    """Every trial of the configuration that is not in `runs` yet, then the figures of all of them.
+
+    Args:
+        config: cells, arms, grid, seeds.
+        runs: the JSON Lines file of finished trials.
+        work: where base models with heads are stored.
+        data: the folder of the data sets.
+        progress: told of every trial.
+
+    Raises:
+        InputError: no data folder.
+    """
+    if data is None:
+        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    loaded: dict[str, Data] = {}
+    for trial in _trials(config, runs):
+        task = trial.cell.task
+        if task not in loaded:
+            loaded[task] = load_data(config, load_task(task), root=data, work=work)
+        told = ", ".join(str(value) for value in trial.key().values())
+        progress(told, len(list(finished_runs(runs))), _expected(config))
+        record_run(runs, judged(config, trial, loaded[task]))
+    return summary(config, list(finished_runs(runs)))
+
+
+def quick_federated_quality(
+    config: FederatedQualityRun, *, work: Path, data: Path | None, progress: Progress = silent
+) -> BenchmarkResult:
+    """One cell, one point of the grid, two rounds: shows that everything works and decides nothing."""
+    if data is None:
+        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    small = config.model_copy(
+        update={"cells": config.cells[:1], "grid": config.grid[:1], "rounds": 2, "train_limit": 240, "test_limit": 64}
+    )
+    cell = small.cells[0]
+    loaded = load_data(small, load_task(cell.task), root=data, work=work)
+    rows: list[dict[str, object]] = []
+    for arm in cell.arms:
+        progress(arm, len(rows), len(cell.arms))
+        for stage in ("tune", "test"):
+            trial = Trial(cell, arm, cell.epsilons[-1], small.seeds[0], small.grid[0], stage)
+            rows.append(judged(small, trial, loaded))
+    return summary(small, rows).undecided()
+
+
+def _trials(config: FederatedQualityRun, runs: Path) -> Iterator[Trial]:
+    """The trials that are not recorded, those that choose before those that are chosen."""
+    for cell in config.cells:
+        for epsilon in cell.epsilons:
+            for arm in cell.arms:
+                for point in config.grid:
+                    yield from _missing(Trial(cell, arm, epsilon, config.tuning_seed, point, "tune"), runs)
+        for seed in config.seeds:
+            for epsilon in cell.epsilons:
+                for arm in cell.arms:
+                    point = best_point(config, list(finished_runs(runs)), cell, arm, epsilon)
+                    yield from _missing(Trial(cell, arm, epsilon, seed, point, "test"), runs)
+
+
+def _missing(trial: Trial, runs: Path) -> Iterator[Trial]:
+    key = trial.key()
+    if not any(key.items() <= run.items() for run in finished_runs(runs)):
+        yield trial
+
+
+def _expected(config: FederatedQualityRun) -> int:
+    each = len(config.grid) + len(config.seeds)
+    return sum(len(cell.epsilons) * len(cell.arms) * each for cell in config.cells)
+
+
+def best_point(
+    config: FederatedQualityRun, runs: Sequence[Mapping[str, object]], cell: FederatedCell, arm: str, epsilon: float
+) -> GridPoint:
+    """The point of the grid with the best validation accuracy, the first of equals."""
+
+    def accuracy(point: GridPoint) -> float:
+        key = Trial(cell, arm, epsilon, config.tuning_seed, point, "tune").key()
+        return next(cast("float", run["accuracy"]) for run in runs if key.items() <= run.items())
+
+    return max(config.grid, key=accuracy)
+
+
+def load_data(config: FederatedQualityRun, task: Task, *, root: Path, work: Path) -> Data:
+    """The task's rows for a classifier on the configured encoder, whose head is drawn from a seed and frozen."""
+    if not isinstance(task.metric, LabelLikelihood):
+        raise InputError("has no fixed labels", where=f"task {task.name}", remedy="choose a task of classification")
+    base = work / f"{config.base}-{task.name}"
+    if not base.exists():
+        with_head(config.base, base, labels=list(task.metric.labels.values()), seed=config.head_seed)
+    model, tokenizer = load_model(str(base), device="cpu", dtype=config.dtype), load_tokenizer(str(base))
+    limits = {"train": config.train_limit, "validation": config.test_limit, "test": config.test_limit}
+    rows = {
+        split: encoded(
+            model,
+            tokenizer,
+            task.examples(split, data_root=root, condition="bare", limit=limit),  # type: ignore[arg-type]
+            PrivateSettings(max_length=config.max_length),
+        )
+        for split, limit in limits.items()
+    }
+    return Data(model, base, rows["train"], rows["validation"], rows["test"])
+
+
+def judged(config: FederatedQualityRun, trial: Trial, data: Data) -> dict[str, object]:
+    """The trial's record: what it is, its accuracy, and its seconds."""
+    begun = time.monotonic()
+    family = AdapterFamily.create(
+        base=identity_of(str(data.base)),
+        plan=RankPlan.uniform(linear_shapes(data.model), rank=config.rank),
+        seed=trial.seed,
+        init=config.init,
+    )
+    state = trained(config, trial, data, family)
+    rows = data.validation if trial.stage == "tune" else data.test
+    clients = sorted(state.own) or [""]  # where every client keeps its own B, the mean over clients
+    accuracy = fmean(accuracy_of(data.model, state.of_client(client), rows) for client in clients)
+    return trial.key() | {"accuracy": accuracy, "seconds": round(time.monotonic() - begun, 1), "commit": commit()}
+
+
+def trained(config: FederatedQualityRun, trial: Trial, data: Data, family: AdapterFamily) -> GlobalState:
+    """The global factors after the last round."""
+    parts = split(
+        [row.target[0] for row in data.train],
+        1 if trial.arm == CENTRAL else trial.cell.clients,
+        config.skews[trial.cell.skew],
+        seed=trial.seed,
+    )
+    batch = config.expected_batch * (trial.cell.clients if trial.arm == CENTRAL else 1)
+    variant = VariantSettings(trial.arm).variant(tuple(family.plan.modules), rounds=config.rounds)
+    mechanisms = [_mechanism(config, trial, len(part), batch, client) for client, part in enumerate(parts)]
+    state = GlobalState.start(family)
+    for server_round in range(1, config.rounds + 1):
+        work = variant.work(server_round)
+        updates = [
+            Update(str(client), _client_round(config, trial, data, state, (work, mechanism, part, str(client))))
+            for client, (mechanism, part) in enumerate(zip(mechanisms, parts, strict=True))
+        ]
+        state = _joined(variant, state, updates, server_round)
+    return state
+
+
+def _joined(variant: Variant, state: GlobalState, updates: Sequence[Update], server_round: int) -> GlobalState:
+    return variant.aggregate(state, updates, server_round=server_round).state
+
+
+def _mechanism(config: FederatedQualityRun, trial: Trial, records: int, batch: int, client: int) -> Mechanism:
+    """A client's whole budget over all rounds, calibrated for the records that it has."""
+    settings = PrivacySettings(
+        epsilon=trial.epsilon,
+        delta=config.delta,
+        records=records,
+        expected_batch=min(batch, records),
+        rounds=config.rounds,
+        local_steps=config.local_steps,
+        max_grad_norm=trial.point.max_grad_norm,
+    )
+    name = f"{trial.seed}/{trial.arm}/{client}"
+    draws = SeededRandomness(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little"))
+    return settings.plan().mechanism(records, draws)
+
+
+def _client_round(
+    config: FederatedQualityRun,
+    trial: Trial,
+    data: Data,
+    state: GlobalState,
+    client: tuple[Work, Mechanism, Sequence[int], str],
+) -> dict[str, torch.Tensor]:
+    """What one client sends after its private steps from the factors that it was sent."""
+    work, mechanism, places, name = client
+    factors = state.of_client(name)
+    settings = PrivateSettings(
+        learning_rate=trial.point.learning_rate, micro_batch=_BATCH, max_length=config.max_length
+    )
+    with trainable_factors(data.model, factors.lora_A, factors.lora_B, train_A=work.lora_A, train_B=work.lora_B) as (
+        lora_A,
+        lora_B,
+    ):
+        weights = {**lora_B, **{key_of_A(module): A for module, A in lora_A.items()}}
+        rows = [data.train[place] for place in places]
+        private_steps(data.model, weights, rows, mechanism, settings, steps=config.local_steps)
+        return {key: weight.detach().clone() for key, weight in weights.items()}
+
+
+def split(labels: Sequence[int], clients: int, concentration: float, *, seed: int) -> list[list[int]]:
+    """The places of each client's rows: of every label, the shares of the clients are one draw of a Dirichlet.
+
+    No client is left with fewer than a tenth of an equal share; draws that would are drawn again.
+
+    Args:
+        labels: of all rows.
+        clients: at least 1.
+        concentration: of the Dirichlet, above 0; inf for equal shares.
+        seed: of shares and order.
+
+    Reference: arXiv 1909.06335 §2.
+    """
+    draw = np.random.default_rng(seed)
+    least = len(labels) // (10 * clients)
+    while True:
+        parts: list[list[int]] = [[] for _ in range(clients)]
+        for label in sorted(set(labels)):
+            places = draw.permutation([place for place, each in enumerate(labels) if each == label])
+            shares = (
+                np.full(clients, 1 / clients)
+                if concentration == math.inf
+                else draw.dirichlet(np.full(clients, concentration))
+            )
+            ends = np.round(np.cumsum(shares)[:-1] * len(places)).astype(int)
+            for part, mine in zip(parts, np.split(places, ends), strict=True):
+                part.extend(int(place) for place in mine)
+        if min(map(len, parts)) >= max(1, least):
+            return [sorted(part) for part in parts]
+
+
+def accuracy_of(model: PreTrainedModel, factors: Factors, rows: Sequence[Row]) -> float:
+    """The share of rows whose class is the likeliest under these factors."""
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place].prompt))
+    right = 0
+    with torch.inference_mode(), inject(model, factors.lora_A, factors.lora_B):
+        for begin in range(0, len(order), _BATCH):
+            batch = [rows[place] for place in order[begin : begin + _BATCH]]
+            ids, mask = padded([row.prompt for row in batch], 0, left=False, device=model.device)
+            found = model(input_ids=ids, attention_mask=mask).logits.argmax(1).tolist()
+            right += sum(place == row.target[0] for place, row in zip(found, batch, strict=True))
+    return right / len(rows)
+
+
+def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
+    """A row an arm, cell and ε with its 95% interval over seeds; differences pair the seeds."""
+    table: list[dict[str, object]] = []
+    found: dict[tuple[object, ...], dict[int, float]] = {}
+    for run in runs:
+        if run["stage"] == "test":
+            key = (run["task"], run["clients"], run["skew"], str(run["epsilon"]), run["arm"])
+            found.setdefault(key, {})[cast("int", run["seed"])] = cast("float", run["accuracy"])
+    for key, seeds in found.items():
+        row = dict(zip(("task", "clients", "skew", "epsilon", "arm"), key, strict=True))
+        interval = mean_interval(list(seeds.values()))
+        table.append(
+            row | {"seeds": len(seeds), "accuracy": interval.estimate, "low": interval.low, "high": interval.high}
+        )
+    metrics = {
+        f"ffa_minus_fedit_severe_eps{epsilon}": _difference(config, found, "fedit", f"{epsilon}.0", gain=epsilon == 1)
+        for epsilon in (8, 3, 1)
+    }
+    metrics["ffa_minus_central_epsinf"] = _difference(config, found, CENTRAL, "inf", least=-0.02)
+    return BenchmarkResult(NAME, device_name(), commit(), json.loads(config.model_dump_json()), metrics, table)
+
+
+def _difference(
+    config: FederatedQualityRun,
+    found: Mapping[tuple[object, ...], Mapping[int, float]],
+    other: str,
+    epsilon: str,
+    *,
+    gain: bool = False,
+    least: float | None = None,
+) -> Metric:
+    """FFA minus another arm, paired by seed: its goal is a mean of at least `least`, else about its 95% interval."""
+    ours, theirs = (found.get((*_JUDGED, epsilon, arm), {}) for arm in ("ffa", other))
+    seeds = sorted(ours.keys() & theirs.keys())
+    goal = f">= {least:g}" if least is not None else "lower95 > 0" if gain else "upper95 >= 0"
+    if not seeds:
+        return Metric(float("nan"), "1", goal)
+    interval = mean_interval([ours[seed] - theirs[seed] for seed in seeds])
+    if set(seeds) < set(config.seeds):
+        return Metric(interval.estimate, "1", goal)
+    return Metric(interval.estimate, "1", goal, _holds(interval, gain=gain, least=least))
+
+
+def _holds(interval: Interval, *, gain: bool, least: float | None) -> bool:
+    if least is not None:
+        return interval.estimate >= least
+    return interval.low > 0 if gain else interval.high >= 0
