@@ -32,8 +32,8 @@ def public_pca(
 ) -> dict[str, Tensor]:
     """(rank, in_features) a module, orthonormal rows: the directions in which its inputs vary most, largest first.
 
-    Special tokens do not count, nor does the first position of a passage: decoders park there a vector many times as
-    long as any other, which says nothing about the text.
+    Special tokens do not count, nor does the first position of a passage: what decoders park there says nothing about
+    the text, and is half of all variance in front of some layers (docs/variants.md has figures).
 
     Raises:
         InputError: the text has too few tokens for the ranks, or a layer never ran.

@@ -60,6 +60,25 @@ class GlobalState:
         B = {name: tensor.float().cpu().contiguous() for name, tensor in (lora_B or {}).items()}
         return replace(self, lora_A={**self.lora_A, **A}, lora_B={**self.lora_B, **B}, moved=self.moved | frozenset(A))
 
+    def left_family(self, family: AdapterFamily, *, variant: str) -> AdapterFamily:
+        """The family of the A as they stand: `family` itself where none has moved, else a new one that names it.
+
+        Args:
+            family: in which the run began.
+            variant: by which its A moved. Only fedsvd moves them by what was released already; elsewhere they are
+                trained on the clients' rows, and are as private as B is.
+        """
+        if not self.moved:
+            return family
+        return AdapterFamily.of_tensors(
+            base=family.base,
+            plan=family.plan,
+            lora_A=self.lora_A,
+            init=variant,
+            seed=family.seed,
+            origin={"family": family.fingerprint},
+        )
+
     def of_client(self, client: str) -> Factors:
         """The factors that this client goes on from: its own B where it keeps one, else everybody's."""
         return Factors(self.lora_A, self.own.get(client, self.lora_B))

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treadle.errors import InputError
@@ -22,7 +21,7 @@ class Freezing:
         InputError: a share is outside [0, 1], or there is no round.
     """
 
-    modules: Sequence[str]
+    modules: tuple[str, ...]
     first: float
     last: float
     rounds: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.errors import ConfigError
 from treadle.train.federated.freezing import Freezing
@@ -50,6 +51,8 @@ class VariantSettings:
         ConfigError: no such variant, a share outside [0, 1], or a share below 1 of ffa or local.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     name: str = "ffa"
     frozen_share: float | None = None
     frozen_share_last: float | None = None
@@ -76,7 +79,7 @@ class VariantSettings:
         """The variant for these modules of a plan, over this many rounds."""
         if self.name in _MOVING:
             return _MOVING[self.name](Freezing(tuple(modules), *self.frozen, rounds))
-        return (Local if self.name == "local" else Ffa)(frozenset(modules))
+        return (Local if self.name == "local" else Ffa)(tuple(modules))
 
 
 __all__ = ["VARIANTS", "Aggregate", "Variant", "VariantSettings", "Work"]

@@ -19,7 +19,7 @@ from treadle.train.federated.variants.variant import Aggregate, Variant, Work, a
 class Ffa(Variant):
     """Train and average B."""
 
-    modules: frozenset[str]
+    modules: tuple[str, ...]
 
     name: ClassVar[str] = "ffa"
     exact: ClassVar[bool] = True
@@ -32,7 +32,7 @@ class Ffa(Variant):
 
     def work(self, server_round: int) -> Work:
         """Every B."""
-        return Work(frozenset(), self.modules)
+        return Work(frozenset(), frozenset(self.modules))
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The mean of the B."""

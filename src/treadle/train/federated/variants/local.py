@@ -16,7 +16,7 @@ from treadle.train.federated.variants.variant import Aggregate, Variant, Work, c
 class Local(Variant):
     """Train B, keep every client's apart."""
 
-    modules: frozenset[str]
+    modules: tuple[str, ...]
 
     name: ClassVar[str] = "local"
     exact: ClassVar[bool] = True
@@ -29,7 +29,7 @@ class Local(Variant):
 
     def work(self, server_round: int) -> Work:
         """Every B."""
-        return Work(frozenset(), self.modules)
+        return Work(frozenset(), frozenset(self.modules))
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The state with the B of these clients in place of those that they had."""

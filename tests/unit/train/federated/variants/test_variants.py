@@ -183,6 +183,26 @@ def test_a_state_survives_its_checkpoint(settings: VariantSettings) -> None:
 
 
 @every_variant
+def test_an_A_that_moved_founds_another_family(settings: VariantSettings) -> None:
+    variant = variant_of(settings)
+    _, history = run(variant)
+    families = [aggregate.state.left_family(FAMILY, variant=variant.name) for _, _, aggregate in history]
+    for family, (_, _, aggregate) in zip(families, history, strict=True):
+        assert (family.fingerprint == FAMILY.fingerprint) == (not aggregate.state.moved)
+        if aggregate.state.moved:
+            assert (family.init, family.origin) == (variant.name, {"family": FAMILY.fingerprint})
+            assert all(torch.equal(family.lora_A[name], aggregate.state.lora_A[name]) for name in MODULES)
+    if variant.name == "fedsvd":
+        assert len({family.fingerprint for family in families}) == ROUNDS
+
+
+@every_variant
+def test_a_variant_is_written_alike_in_every_process(settings: VariantSettings) -> None:
+    """Checkpoints compare it; a set's order would change with Python's hash seed."""
+    assert "frozenset" not in repr(variant_of(settings))
+
+
+@every_variant
 def test_a_client_goes_on_from_what_the_server_holds(settings: VariantSettings) -> None:
     """Of a message and the family alone: a client needs no memory of earlier rounds."""
     state, _ = run(variant_of(settings))
