@@ -1,5 +1,8 @@
 """`treadle federate`: one adapter from rows that stay where they are."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from treadle.cli.console import working
@@ -11,6 +14,9 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Train one adapter over silos whose rows stay where they are.", no_args_is_help=True)
     group.command("run")(run_command)
     group.command("resume")(resume_command)
+    group.command("serve")(serve_command)
+    group.command("admit")(admit_command)
+    group.command("silo")(silo_command)
     app.add_typer(group, name="federate")
 
 
@@ -30,7 +36,50 @@ def resume_command(run: Run, json: Json = False) -> None:
     _federate(run, json=json, resume=True)
 
 
-def _federate(run: Run, *, json: bool, resume: bool) -> None:
+def serve_command(run: Run) -> None:
+    """Start the server that the run's silos connect to, and keep it until Ctrl-C.
+
+    Example: treadle federate serve triage.toml
+    """
+    from treadle.configs.federate import FederateRun
+    from treadle.configs.toml import load_toml
+    from treadle.recipes.superlink import serve
+
+    raise typer.Exit(serve(load_toml(run, FederateRun)))
+
+
+def admit_command(
+    run: Run, key: Annotated[Path, typer.Argument(metavar="KEY.pub", help="The silo's public key.")]
+) -> None:
+    """Let a silo in by its public key; the server must be running.
+
+    Example: treadle federate admit triage.toml north.pub
+    """
+    from treadle.configs.federate import FederateRun
+    from treadle.configs.toml import load_toml
+    from treadle.recipes.superlink import admit
+
+    admit(load_toml(run, FederateRun), key)
+
+
+def silo_command(
+    silo: Annotated[Path, typer.Argument(metavar="SILO.toml", help="The silo's own configuration.")],
+) -> None:
+    """Start a silo, and keep it until Ctrl-C; its rows, its key and its ledger stay here.
+
+    Example: treadle federate silo north.toml
+    """
+    from treadle.configs.federate import SiloRun
+    from treadle.configs.toml import load_toml
+    from treadle.recipes.silo import silo_client
+    from treadle.recipes.superlink import serve_silo
+
+    config = load_toml(silo, SiloRun)
+    silo_client(config)  # what is wrong with rows, ledger or terms is said before anybody connects
+    raise typer.Exit(serve_silo(config, silo))
+
+
+def _federate(run: Path, *, json: bool, resume: bool) -> None:
     from treadle.cli.federation_tables import show_federation
     from treadle.configs.federate import FederateRun
     from treadle.configs.toml import load_toml
@@ -38,5 +87,10 @@ def _federate(run: Run, *, json: bool, resume: bool) -> None:
 
     config = load_toml(run, FederateRun)
     with working() as progress:
-        made = federate_in_process(config, resume=resume, progress=progress)
+        if config.superlink is None:
+            made = federate_in_process(config, resume=resume, progress=progress)
+        else:
+            from treadle.recipes.superlink import submit
+
+            made = submit(config, run, resume=resume, progress=progress)
     show_federation(made, json=json)

@@ -3,12 +3,30 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from treadle.configs.toml import RunConfig
 from treadle.configs.train import SourceData, TaskData, kind_of_data
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
+
+
+class SuperLink(RunConfig):
+    """The server that silos connect to, over TLS, with a key of its own for every silo.
+
+    Attributes:
+        host: name or address that the certificate is for.
+        port: of all that it serves.
+        certificate: PEM file.
+        private_key: of the certificate.
+        root_certificates: PEM file of the authority that signed it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=9093, ge=1, le=65535)
+    certificate: Path
+    private_key: Path
+    root_certificates: Path
 
 
 class FederateRun(RunConfig):
@@ -21,7 +39,8 @@ class FederateRun(RunConfig):
         work: what every client does in a round.
         rules: of the rounds: who takes part, how many it takes, how long to wait.
         variant: what is trained and how it is joined.
-        silos: the silos' TOML files, to run all of them in this process; none where they are SuperNodes.
+        silos: the silos' TOML files, to run all of them in this process.
+        superlink: the server that real silos connect to, in place of `silos`.
         page: an HTML page that is refreshed after every round.
         overwrite: whether a folder at `out` is replaced.
     """
@@ -33,8 +52,15 @@ class FederateRun(RunConfig):
     rules: RoundRules
     variant: VariantSettings = VariantSettings()
     silos: tuple[Path, ...] = ()
+    superlink: SuperLink | None = None
     page: Path | None = None
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _sound(self) -> "FederateRun":
+        if bool(self.silos) == (self.superlink is not None):
+            raise ValueError("give either silos, to run them in this process, or superlink")
+        return self
 
 
 class SiloPrivacy(RunConfig):

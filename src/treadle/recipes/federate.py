@@ -23,7 +23,7 @@ from treadle.train.federated.checkpoint import RunFolder, facts_of, read_reports
 from treadle.train.federated.client import Silo
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.result import federated_adapter
-from treadle.train.federated.run import federate, in_process_grid
+from treadle.train.federated.run import Grid, federate, in_process_grid
 from treadle.train.federated.standing import RoundReport
 
 
@@ -43,38 +43,68 @@ class FederatedRun:
     reports: tuple[RoundReport, ...]
     ended: str
 
+    @staticmethod
+    def load(config: FederateRun, *, ended: str = "") -> "FederatedRun":
+        """What a run has made, from its folders."""
+        family = AdapterFamily.load(config.family)
+        reports = tuple(read_reports(state_folder(config)))
+        return FederatedRun(Adapter.load(config.out, family=family), config.out, reports, ended)
+
 
 def federate_in_process(config: FederateRun, *, resume: bool = False, progress: Progress = silent) -> FederatedRun:
-    """The configured adapter, trained by silos that all live in this process, and saved in `config.out`.
+    """The configured adapter, trained by silos that all live in this process; see `federate_on`.
+
+    Raises:
+        ConfigError: the silos are not the clients that the rules name.
+        InputError: a silo's data or ledger cannot be used.
+    """
+    run_of(config, resume=resume)
+    return federate_on(in_process_grid(clients_of(config)), config, resume=resume, progress=progress)
+
+
+def federate_on(grid: Grid, config: FederateRun, *, resume: bool = False, progress: Progress = silent) -> FederatedRun:
+    """The configured adapter, trained over this grid's clients, and saved in `config.out`.
 
     Args:
+        grid: a Flower Grid.
         config: the run's.
         resume: whether a run that died goes on; without it, one that has begun is an error.
         progress: told of every round.
 
     Raises:
-        ConfigError: the silos are not the clients that the rules name.
-        InputError: `config.out` exists, a run has begun or has not, or a silo's data or ledger cannot be used.
+        InputError: `config.out` exists, or a run has begun or has not.
         UnavailableError: too few clients answered, or the disk refuses.
     """
-    checked_name(config.name, where="key 'name'")
-    if config.out.exists() and not config.overwrite:
-        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
-    federation = federation_of(config)
-    silos = clients_of(config)
     with _alone(config.out):
-        folder = RunFolder(state_folder(config), facts_of(federation))
-        _check_begun(folder, resume=resume)
+        federation, folder = run_of(config, resume=resume)
 
         def told(report: RoundReport) -> None:
             progress(_line(report), report.server_round, config.work.rounds)
 
-        finished = federate(federation, in_process_grid(silos), folder, told)
+        finished = federate(federation, grid, folder, told)
         if finished.progressed.server_round == 0:
             raise InputError(f"no round was done: {finished.why}", remedy="mend that, then run again")
         adapter = federated_adapter(federation, finished.progressed, config.name, data=", ".join(config.rules.clients))
         adapter.save(config.out, overwrite=config.overwrite)
     return FederatedRun(adapter, config.out, tuple(read_reports(folder.path)), finished.why)
+
+
+def run_of(config: FederateRun, *, resume: bool) -> tuple[Federation, RunFolder]:
+    """What the configuration runs, and where its state is.
+
+    Raises:
+        InputError: `config.out` exists, there is no family, or a run has begun or has not.
+    """
+    checked_name(config.name, where="key 'name'")
+    if config.out.exists() and not config.overwrite:
+        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
+    federation = federation_of(config)
+    folder = RunFolder(state_folder(config), facts_of(federation))
+    if folder.exists and not resume:
+        raise InputError("a run has begun here", where=folder.path, remedy="resume it, or delete the folder")
+    if resume and not folder.exists:
+        raise InputError("no run has begun here", where=folder.path, remedy="start it with `treadle federate run`")
+    return federation, folder
 
 
 def federation_of(config: FederateRun) -> Federation:
@@ -88,10 +118,8 @@ def clients_of(config: FederateRun) -> list[Silo]:
     """The silos of the run, opened.
 
     Raises:
-        ConfigError: there is none, or they are not the clients that the rules name.
+        ConfigError: they are not the clients that the rules name.
     """
-    if not config.silos:
-        raise ConfigError("key 'silos' is empty", remedy="name the silos' TOML files, or run on SuperNodes")
     silos = [silo_client(load_toml(path, SiloRun)) for path in config.silos]
     names = [silo.name for silo in silos]
     if sorted(names) != sorted(config.rules.clients):
@@ -105,13 +133,6 @@ def clients_of(config: FederateRun) -> list[Silo]:
 def state_folder(config: FederateRun) -> Path:
     """Where the run keeps its state."""
     return config.out.parent / f".{config.out.name}.federation"
-
-
-def _check_begun(folder: RunFolder, *, resume: bool) -> None:
-    if folder.exists and not resume:
-        raise InputError("a run has begun here", where=folder.path, remedy="resume it, or delete the folder")
-    if resume and not folder.exists:
-        raise InputError("no run has begun here", where=folder.path, remedy="start it with `treadle federate run`")
 
 
 def _line(report: RoundReport) -> str:

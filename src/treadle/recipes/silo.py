@@ -11,18 +11,18 @@ from treadle import files
 from treadle.configs.federate import SiloRun
 from treadle.configs.train import SourceData
 from treadle.data.prompts import Example
-from treadle.errors import ConfigError
 from treadle.family.family import AdapterFamily
 from treadle.models.identity import BaseIdentity
 from treadle.privacy.entries import Budget
 from treadle.privacy.ledger import Ledger
+from treadle.privacy.plan import PrivacySettings
 from treadle.recipes.bases import loaded_base
 from treadle.recipes.train import examples_of
 from treadle.train.federated.client import Silo
 from treadle.train.federated.local import OpenedSilo, Terms, local_training
 from treadle.train.federated.messages import Order
 from treadle.train.rows import encoded
-from treadle.train.settings import SftSettings
+from treadle.train.settings import PrivateSettings
 
 
 def silo_client(config: SiloRun) -> Silo:
@@ -34,19 +34,24 @@ def silo_client(config: SiloRun) -> Silo:
         MismatchError: the ledger knows these data under another name, or another budget.
     """
     files.checked_name(config.name, where="key 'name'")
-    check_delta(config)
+    check_terms(config)
     examples = examples_of(config.data, shares={}, seed=0)
     ledger = Ledger.open(config.ledger.path)
     ledger.register(config.ledger.data, budget=budget_of(config), source=_source(config, examples))
     terms = Terms(
-        config.ledger.data, ledger, number_of(config.privacy.epsilon), config.privacy.delta, config.privacy.records
+        data=config.ledger.data,
+        ledger=ledger,
+        epsilon=number_of(config.privacy.epsilon),
+        delta=config.privacy.delta,
+        records=config.privacy.records,
+        micro_batch=config.micro_batch,
     )
 
     @lru_cache(maxsize=1)
     def opened(fingerprint: str, max_length: int) -> OpenedSilo:
         family = AdapterFamily.load(config.folder / fingerprint)
         model, tokenizer = _base(family.base, config.base, config.device)
-        return OpenedSilo(model, encoded(model, tokenizer, examples, SftSettings(max_length=max_length)))
+        return OpenedSilo(model, encoded(model, tokenizer, examples, PrivateSettings(max_length=max_length)))
 
     def open_for(family: AdapterFamily, order: Order) -> OpenedSilo:
         return opened(family.fingerprint, order.work.max_length)
@@ -56,18 +61,14 @@ def silo_client(config: SiloRun) -> Silo:
     return Silo(config.name, config.folder, local_training(terms, open_for), pinned, records)
 
 
-def check_delta(config: SiloRun) -> None:
-    """Return if δ is below one in the number of rows: at 1/n, publishing one row at random would pass for private.
+def check_terms(config: SiloRun) -> None:
+    """Return if the silo's own numbers go together, whatever a server may ask.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: they do not: δ is too large for the number of rows.
     """
-    if config.privacy.delta >= 1 / config.privacy.records:
-        raise ConfigError(
-            f"delta is {config.privacy.delta:g}, at least 1/records = {1 / config.privacy.records:.3g}",
-            where=f"silo {config.name!r}",
-            remedy="choose one well below 1/records",
-        )
+    privacy = config.privacy
+    PrivacySettings(number_of(privacy.epsilon), privacy.delta, privacy.records, 1, rounds=1, local_steps=1)
 
 
 def budget_of(config: SiloRun) -> Budget:

@@ -1,7 +1,7 @@
 """A Grid within one process: no sockets, no Ray, and every message passes as the bytes that Flower would send."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
@@ -41,10 +41,20 @@ class InProcessGrid(Grid):
 
     Replies are there as soon as `push_messages` returns. A client that takes longer than `send_and_receive`'s time-out
     is late: nobody interrupts it, but its reply is left out as it would be by a server that had stopped waiting.
+
+    Args:
+        app: of all nodes, which it tells apart by their context.
+        nodes: number → configuration.
+        delivered: what becomes of a round's replies on their way; for tests of what may happen to them there.
     """
 
-    def __init__(self, app: ClientApp, nodes: Mapping[int, UserConfig]) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ClientApp,
+        nodes: Mapping[int, UserConfig],
+        delivered: Callable[[Sequence[Message]], Sequence[Message]] = lambda replies: replies,
+    ) -> None:
+        self._app, self._delivered = app, delivered
         self._nodes = dict(nodes)
         self._replies: dict[str, tuple[Message, float]] = {}
         self._states = {node: RecordDict() for node in nodes}
@@ -103,4 +113,4 @@ class InProcessGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The replies of those clients that took no longer than the time-out."""
         pulled = self._pulled(self.push_messages(messages))
-        return [reply for reply, seconds in pulled if timeout is None or seconds <= timeout]
+        return self._delivered([reply for reply, seconds in pulled if timeout is None or seconds <= timeout])

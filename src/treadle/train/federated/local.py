@@ -4,25 +4,33 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from treadle.errors import ConfigError, FormatError
+from treadle.errors import FormatError
 from treadle.family.family import AdapterFamily
-from treadle.family.injection import trainable
-from treadle.family.plan import LayerShape
+from treadle.family.injection import trainable_factors
+from treadle.privacy.accounting import Accountant
 from treadle.privacy.entries import ReleaseKey
 from treadle.privacy.ledger import Ledger, release
+from treadle.privacy.noise import PrivateRandomness, SystemRandomness
+from treadle.privacy.plan import DPPlan, PrivacySettings
 from treadle.train.federated.client import LocalResult
 from treadle.train.federated.factors import Factors, key_of_A
 from treadle.train.federated.messages import Order
-from treadle.train.objectives import kind_of, summed_loss, weight
-from treadle.train.rows import Row, shuffled
+from treadle.train.federated.settings import LocalWork
+from treadle.train.objectives import kind_of
+from treadle.train.private import private_steps
+from treadle.train.rows import Row
+from treadle.train.settings import PrivateSettings
+from treadle.train.unchanged import unchanged
+
+_KIND = "kind"
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,11 @@ class Terms:
     Attributes:
         data: name of its data set, under which its ledger keeps all spending.
         ledger: its own.
-        epsilon: of one run, at `delta`; inf for no noise and no guarantee.
+        epsilon: of one run, at `delta`; inf for no noise and no promise.
         delta: below 1 / records.
         records: how many rows it has, or a public lower bound of that.
+        accountant: "pld", or "rdp" to compare with articles.
+        micro_batch: rows in one forward pass.
     """
 
     data: str
@@ -50,72 +60,112 @@ class Terms:
     epsilon: float
     delta: float
     records: int
+    accountant: Accountant = "pld"
+    micro_batch: int = 16
+
+    def plan(self, work: LocalWork) -> DPPlan:
+        """The plan that keeps these terms over all the rounds that a server announces.
+
+        A server that announces fewer rounds than it asks for gets no more than the ledger allows.
+
+        Raises:
+            ConfigError: the server's numbers and the silo's do not go together.
+        """
+        return _plan(
+            PrivacySettings(
+                epsilon=self.epsilon,
+                delta=self.delta,
+                records=self.records,
+                expected_batch=work.expected_batch,
+                rounds=work.rounds,
+                local_steps=work.local_steps,
+                reserve_rounds=work.reserve_rounds,
+                max_grad_norm=work.max_grad_norm,
+                accountant=self.accountant,
+            )
+        )
+
+
+@lru_cache(maxsize=16)
+def _plan(settings: PrivacySettings) -> DPPlan:
+    return settings.plan()
 
 
 def local_training(
-    terms: Terms, opened: Callable[[AdapterFamily, Order], OpenedSilo]
+    terms: Terms,
+    opened: Callable[[AdapterFamily, Order], OpenedSilo],
+    randomness: Callable[[ReleaseKey], PrivateRandomness] = lambda _: SystemRandomness(),
 ) -> Callable[[AdapterFamily, Order, Factors], LocalResult]:
     """The function that does an order's steps under these terms.
 
     Args:
         terms: of the silo.
         opened: loads model and rows; called only where something must be trained.
+        randomness: of one release; anything but the default is for tests, and is not accounted as private.
     """
 
     def train(family: AdapterFamily, order: Order, factors: Factors) -> LocalResult:
+        plan = terms.plan(order.work)
         key = ReleaseKey(order.run, order.server_round, order.request)
+        source = randomness(key)
 
         def make() -> bytes:
-            silo = opened(family, order)
-            tensors = _steps(silo, factors, order)
-            header = {"task_type": kind_of(silo.model).value, "transposed": _transposed(silo.model, family)}
-            return save(tensors, {"kind": json.dumps(header)})
+            return _made(opened(family, order), plan, source, factors, order, terms.micro_batch)
 
-        released = release(terms.ledger, terms.data, key, None, make)
+        event = plan.event(order.work.local_steps) if source.secret else None
+        released = release(terms.ledger, terms.data, key, event, make)
         return _result(released.payload, terms)
 
     return train
 
 
+def _made(
+    silo: OpenedSilo,
+    plan: DPPlan,
+    randomness: PrivateRandomness,
+    factors: Factors,
+    order: Order,
+    micro_batch: int,
+) -> bytes:
+    """The order's tensors after its private steps, as bytes that a ledger keeps."""
+    work, names = order.work, set(order.trained)
+    settings = PrivateSettings(
+        learning_rate=work.learning_rate,
+        optimizer=work.optimizer,
+        momentum=work.momentum,
+        micro_batch=micro_batch,
+        max_length=work.max_length,
+    )
+    train_A = [name for name in factors.lora_A if key_of_A(name) in names]
+    train_B = [name for name in factors.lora_B if name in names]
+    with (
+        unchanged(silo.model, factors.lora_A),
+        trainable_factors(silo.model, factors.lora_A, factors.lora_B, train_A=train_A, train_B=train_B) as (A, B),
+    ):
+        moving = {**B, **{key_of_A(name): parameter for name, parameter in A.items()}}
+        mechanism = plan.mechanism(len(silo.rows), randomness)
+        private_steps(silo.model, moving, silo.rows, mechanism, settings, steps=work.local_steps)
+        tensors = {name: moving[name].detach().cpu().contiguous() for name in order.trained}
+    kind = {"task_type": kind_of(silo.model).value, "transposed": _is_transposed(silo.model, factors)}
+    return save(tensors, {_KIND: json.dumps(kind)})
+
+
+def _is_transposed(model: PreTrainedModel, factors: Factors) -> bool:
+    return isinstance(model.get_submodule(next(iter(factors.lora_B))), Conv1D)
+
+
 def _result(payload: bytes, terms: Terms) -> LocalResult:
     """What the released bytes say, with what the data have spent by now."""
     spent = terms.ledger.spent(terms.data)
-    known = math.isfinite(spent)
-    tensors, kind = _unpacked(payload)
-    return LocalResult(
-        tensors, kind["task_type"], bool(kind["transposed"]), spent if known else None, terms.delta if known else None
-    )
+    epsilon, delta = (spent, terms.delta) if math.isfinite(spent) else (None, None)
+    tensors, task_type, transposed = _unpacked(payload)
+    return LocalResult(tensors, task_type, transposed, epsilon, delta)
 
 
-def _unpacked(payload: bytes) -> tuple[dict[str, Tensor], dict[str, str | None]]:
+def _unpacked(payload: bytes) -> tuple[dict[str, Tensor], str | None, bool]:
     length = int.from_bytes(payload[:8], "little")
     try:
-        kind = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["kind"])
-        return load(payload), {"task_type": kind["task_type"], "transposed": "yes" if kind["transposed"] else None}
+        kind = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"][_KIND])
+        return load(payload), kind["task_type"], kind["transposed"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FormatError("a kept reply is damaged", remedy="restore the ledger") from error
-
-
-def _transposed(model: PreTrainedModel, family: AdapterFamily) -> bool:
-    return isinstance(model.get_submodule(next(iter(family.plan.modules))), Conv1D)
-
-
-def _steps(silo: OpenedSilo, factors: Factors, order: Order) -> dict[str, Tensor]:
-    """Plain SGD on batches in a shuffled order: the stand-in until the private step takes its place."""
-    work = order.work
-    if any(key_of_A(name) in order.trained for name in factors.lora_A):
-        raise ConfigError("this client trains B alone", remedy="choose a variant that freezes A")
-    shapes = {name: LayerShape(factors.lora_A[name].shape[1], B.shape[0]) for name, B in factors.lora_B.items()}
-    with trainable(silo.model, factors.lora_A, shapes) as lora_B:
-        with torch.no_grad():
-            for name, B in lora_B.items():
-                B.copy_(factors.lora_B[name])
-        optimizer = torch.optim.SGD(lora_B.values(), lr=work.learning_rate, momentum=work.momentum)
-        silo.model.eval()
-        for step in range(work.local_steps):
-            chosen = shuffled(len(silo.rows), order.server_round, f"step/{step}")[: work.expected_batch]
-            batch = [(silo.rows[i].prompt, silo.rows[i].target) for i in chosen]
-            optimizer.zero_grad()
-            (summed_loss(silo.model, batch) / weight(kind_of(silo.model), batch)).backward()
-            optimizer.step()
-        return {name: B.detach().cpu().clone() for name, B in lora_B.items() if name in order.trained}

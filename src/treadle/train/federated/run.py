@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from treadle.errors import InputError
@@ -16,6 +17,11 @@ from treadle.train.federated.grid import InProcessGrid
 from treadle.train.federated.messages import array_record
 from treadle.train.federated.standing import RoundReport
 from treadle.train.federated.strategy import FederatedStrategy, RunEnded
+
+FIRST_NODE = 100
+"""Far from the number that Flower gives to the server."""
+
+__all__ = ["FIRST_NODE", "Finished", "Grid", "Message", "federate", "in_process_grid"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,14 @@ def federate(federation: Federation, grid: Grid, folder: RunFolder, told: Callab
     return Finished(strategy.progressed, why)
 
 
-def in_process_grid(silos: Sequence[Silo]) -> Grid:
+def in_process_grid(
+    silos: Sequence[Silo], delivered: Callable[[Sequence[Message]], Sequence[Message]] = lambda replies: replies
+) -> Grid:
     """A grid whose nodes are these silos, in this process.
+
+    Args:
+        silos: numbered from `FIRST_NODE` on, in their order.
+        delivered: see `InProcessGrid`.
 
     Raises:
         InputError: two have one name.
@@ -79,5 +91,6 @@ def in_process_grid(silos: Sequence[Silo]) -> Grid:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two silos are called {name!r}", remedy="give every silo a name of its own")
-    by_node = dict(enumerate(silos, start=100))  # far from the number that Flower gives to the server
-    return InProcessGrid(client_app(lambda context: by_node[context.node_id]), {node: {} for node in by_node})
+    by_node = dict(enumerate(silos, start=FIRST_NODE))
+    app = client_app(lambda context: by_node[context.node_id])
+    return InProcessGrid(app, {node: {} for node in by_node}, delivered)
