@@ -29,6 +29,20 @@ class SuperLink(RunConfig):
     root_certificates: Path
 
 
+class ClientPrivacy(RunConfig):
+    """What a trusted server promises to whole clients, beside what each promises to its rows.
+
+    Attributes:
+        epsilon: of all rounds together, for a client more or less.
+        delta: below 1 / the number of clients.
+        max_update_norm: Frobenius norm to which a client's change is clipped.
+    """
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    max_update_norm: float = Field(default=1.0, gt=0)
+
+
 class FederateRun(RunConfig):
     """Which adapter a federation trains, and how.
 
@@ -39,6 +53,7 @@ class FederateRun(RunConfig):
         work: what every client does in a round.
         rules: of the rounds: who takes part, how many it takes, how long to wait.
         variant: what is trained and how it is joined.
+        client_privacy: noise on the mean of what clients send; None for none.
         silos: the silos' TOML files, to run all of them in this process.
         superlink: the server that real silos connect to, in place of `silos`.
         page: an HTML page that is refreshed after every round.
@@ -51,6 +66,7 @@ class FederateRun(RunConfig):
     work: LocalWork
     rules: RoundRules
     variant: VariantSettings = VariantSettings()
+    client_privacy: ClientPrivacy | None = None
     silos: tuple[Path, ...] = ()
     superlink: SuperLink | None = None
     page: Path | None = None
@@ -60,6 +76,8 @@ class FederateRun(RunConfig):
     def _sound(self) -> "FederateRun":
         if bool(self.silos) == (self.superlink is not None):
             raise ValueError("give either silos, to run them in this process, or superlink")
+        if self.variant.name == "local":
+            raise ValueError("variant local joins nothing; run `treadle train` in every silo")
         return self
 
 

@@ -100,6 +100,7 @@ def facts_of(federation: Federation) -> dict[str, object]:
         "family": federation.family.fingerprint,
         "variant": federation.variant.name,
         "variant_sha256": hashlib.sha256(repr(federation.variant).encode()).hexdigest(),
+        "client_privacy": asdict(federation.client_privacy.settings) if federation.client_privacy else None,
         **federation.work.facts(),
         **rules,
     }

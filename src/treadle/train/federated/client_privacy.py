@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from treadle.errors import ConfigError
-from treadle.privacy.accounting import Accountant, MechanismEvent, calibrated_noise_multiplier
+from treadle.privacy.accounting import Accountant, MechanismEvent, calibrated_noise_multiplier, epsilon_of
 from treadle.privacy.noise import PrivateRandomness, grid_width, noised
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState, key_of_A
@@ -109,6 +109,21 @@ class ClientPrivacyPlan:
     def event(self, rounds: int) -> MechanismEvent | None:
         """What this many rounds are to an accountant whose unit is one client; None where the noise can be known."""
         return MechanismEvent(self.noise_multiplier, 1.0, rounds) if self.randomness.secret else None
+
+    def facts(self, rounds: int) -> dict[str, str | int | float | bool | None]:
+        """What an adapter says of it after this many rounds; its own ε, of rows, stands beside that.
+
+        Raises:
+            UnavailableError: dp-accounting is not installed.
+        """
+        event, settings = self.event(rounds), self.settings
+        spent = epsilon_of([event], delta=settings.delta, accountant=settings.accountant) if event else "none"
+        return {
+            "client_epsilon": spent,
+            "client_delta": settings.delta,
+            "client_max_update_norm": settings.max_update_norm,
+            "client_covers": "whether one client took part, from all but the server; no reports of single clients",
+        }
 
     def noise_to_signal(self, parameters: int) -> float:
         """Norm to be expected of the noise in a mean update of this many parameters, over the largest possible."""

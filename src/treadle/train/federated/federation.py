@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from treadle.family.family import AdapterFamily
+from treadle.train.federated.client_privacy import ClientPrivacyPlan
 from treadle.train.federated.factors import Factors, GlobalState, key_of_A
 from treadle.train.federated.messages import Order
 from treadle.train.federated.settings import LocalWork, RoundRules
@@ -20,12 +21,14 @@ class Federation:
         variant: what clients train and how it is joined.
         work: of a client in a round.
         rules: of the rounds.
+        client_privacy: clips and noises what clients say together; None for privacy of rows alone.
     """
 
     family: AdapterFamily
     variant: Variant
     work: LocalWork
     rules: RoundRules
+    client_privacy: ClientPrivacyPlan | None = None
 
 
 @dataclass(frozen=True)

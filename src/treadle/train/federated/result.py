@@ -52,13 +52,20 @@ def _provenance(federation: Federation, progressed: Progressed, data: str) -> Pr
     spent = [row.epsilon for row in members.values()]
     deltas = [row.delta for row in members.values() if row.delta is not None]
     accounted = bool(spent) and None not in spent
+    variant, rounds = federation.variant, range(1, progressed.server_round + 1)
     settings: dict[str, str | int | float | bool | None] = {
         **federation.work.facts(),
-        "variant": federation.variant.name,
+        "variant": variant.name,
+        "aggregation": "exact" if all(map(variant.is_exact, rounds)) else "inexact",
         "weighting": federation.rules.weighting,
         "server_rounds": progressed.server_round,
         "covers": COVERS if accounted else "none",
     }
+    if progressed.state.moved:
+        own = progressed.state.left_family(federation.family, variant=variant.name)
+        settings["family_of_its_A"] = own.fingerprint
+    if federation.client_privacy is not None:
+        settings |= federation.client_privacy.facts(progressed.server_round)
     for client, row in members.items():
         settings[f"rounds of {client}"] = row.rounds
         settings[f"epsilon of {client}"] = "none" if row.epsilon is None else row.epsilon

@@ -6,7 +6,7 @@ so a run that dies continues where it stood.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from treadle.errors import InputError, UnavailableError
+from treadle.train.federated.aggregation import Update
 from treadle.train.federated.collecting import Collecting
 from treadle.train.federated.federation import Federation, Progressed, order_for
 from treadle.train.federated.grid import wire_bytes
@@ -21,6 +22,7 @@ from treadle.train.federated.messages import TRAIN, array_record, order_records
 from treadle.train.federated.monitors import cosines, mean_norm, noise_to_signal
 from treadle.train.federated.roster import Roster, enrolled
 from treadle.train.federated.standing import RoundReport
+from treadle.train.federated.variants import Aggregate
 from treadle.train.rows import shuffled
 
 _LOG = logging.getLogger("treadle.federated")
@@ -147,9 +149,7 @@ class FederatedStrategy(Strategy):
 
     def _close(self, collecting: Collecting) -> None:
         """Join the updates and hand the round over."""
-        joined = self._federation.variant.aggregate(
-            self.progressed.state, list(collecting.updates.values()), server_round=collecting.number
-        )
+        joined = self._joined(list(collecting.updates.values()), collecting.number)
         after = replace(self.progressed, server_round=collecting.number, state=joined.state)
         for client, reply in collecting.replies.items():
             known = after.member(client)
@@ -169,6 +169,12 @@ class FederatedStrategy(Strategy):
         )
         self._keep(after, report)
         self.progressed, self._open = after, None
+
+    def _joined(self, updates: Sequence[Update], server_round: int) -> Aggregate:
+        variant, privacy, state = self._federation.variant, self._federation.client_privacy, self.progressed.state
+        if privacy is not None:
+            return privacy.joined(variant, state, updates, server_round=server_round)
+        return variant.aggregate(state, updates, server_round=server_round)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
