@@ -6,9 +6,9 @@ Every round makes a new family; modules whose A is frozen keep theirs.
 
 Reference: arXiv 2505.12805.
 
-Deviations: none known to us in the method. Worth knowing, and tested: the rows of A' span what the rows of A span, so
-A is turned within the subspace that it began with. SGD, flat clipping and Gaussian noise do not see a turn; after the
-first round the method differs from FFA-LoRA over an orthonormal A only under optimisers that look at coordinates.
+Deviations: none known to us. Worth knowing, and tested: the rows of A' span what the rows of A span, so A is turned
+within the subspace that it began with, and SGD, clipping by norm and Gaussian noise do not see a turn. From an
+orthonormal A the method is FFA-LoRA, but for optimisers that look at single coordinates.
 """
 
 from collections.abc import Sequence

@@ -350,6 +350,39 @@ def test_fedsvd_never_leaves_the_span_of_the_first_A() -> None:
         assert not torch.allclose(state.lora_A[module], FAMILY.lora_A[module], atol=1e-2)
 
 
+def test_fedsvd_under_sgd_is_ffa_over_an_orthonormal_A() -> None:
+    """A turn of A turns gradients and B with it: plain steps of least squares end at the same B·A."""
+    family = AdapterFamily.create(base=FAMILY.base, plan=PLAN, seed=1, init="orthonormal")
+    data = {
+        client: {
+            m: (torch.randn(30, row.in_features), torch.randn(30, row.out_features)) for m, row in PLAN.modules.items()
+        }
+        for client in ("north", "east")
+    }
+
+    def descended(A: Tensor, B: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(3):
+            B = B - 0.1 * ((x @ A.T @ B.T - y).T @ (x @ A.T)) / len(x)
+        return B
+
+    def end(name: str) -> GlobalState:
+        variant, state = variant_of(VariantSettings(name)), GlobalState.start(family)
+        for server_round in range(1, ROUNDS + 1):
+            updates = []
+            for client, rows in data.items():
+                start = received(family.lora_A, state.message(client))
+                B = {m: descended(start.lora_A[m], start.lora_B[m], *rows[m]) for m in MODULES}
+                updates.append(Update(client, B))
+            state = variant.aggregate(state, updates, server_round=server_round).state
+        return state
+
+    ffa, fedsvd = end("ffa"), end("fedsvd")
+    for module in MODULES:
+        assert error(product(fedsvd, module), product(ffa, module)) < 1e-5  # float32 steps in other coordinates
+        if PLAN.modules[module].rank > 1:
+            assert not torch.allclose(fedsvd.lora_A[module], ffa.lora_A[module], atol=1e-2)
+
+
 def test_fedsvd_turns_even_what_nobody_has_trained() -> None:
     """B = 0 has no singular vectors; the new A is an orthonormal basis of the old one's rows all the same."""
     variant, state = variant_of(VariantSettings("fedsvd")), GlobalState.start(FAMILY)
