@@ -17,6 +17,7 @@ from treadle.recipes.inspect import Inspection, Member
 from treadle.recipes.route import Choice, RouteResult
 from treadle.recipes.train import TrainedAdapter
 from treadle.routing.calibration import Drift
+from treadle.train.private import PrivateResult
 
 
 def show_bank_change(change: BankChange, *, json: bool) -> None:
@@ -187,6 +188,8 @@ def show_family(family: AdapterFamily, folder: Path, *, json: bool) -> None:
 def show_training(trained: TrainedAdapter, *, json: bool) -> None:
     """Print what a run made."""
     result = trained.result
+    if isinstance(result, PrivateResult):
+        return _show_private(trained, result, json=json)
     if json:
         print_json(
             {
@@ -207,6 +210,27 @@ def show_training(trained: TrainedAdapter, *, json: bool) -> None:
         say(f"loss {first:.3f} at the first step, {last:.3f} at the last of {len(result.losses)}")
     if result.truncated:
         remark(f"{result.truncated} examples lost the beginning of their prompt: raise sft.max_length")
+
+
+def _show_private(trained: TrainedAdapter, result: PrivateResult, *, json: bool) -> None:
+    """Print what a private run promises: nothing that it saw."""
+    promise, spent = result.plan.settings, trained.adapter.provenance.epsilon
+    if json:
+        print_json(
+            {
+                "folder": trained.folder,
+                "name": trained.adapter.name,
+                "family": trained.adapter.family,
+                "epsilon": "none" if spent is None else spent,
+                "delta": promise.delta,
+                "steps": result.plan.steps,
+                "noise_multiplier": result.plan.noise_multiplier,
+            }
+        )
+        return
+    price = "epsilon none" if spent is None else f"epsilon {spent:g} at delta {promise.delta:g}"
+    say(f"{trained.folder}: adapter {trained.adapter.name}, {price}")
+    say(f"{result.plan.steps} steps of {promise.expected_batch} rows, noise {result.plan.noise_multiplier:.4g}")
 
 
 def show_evaluation(evaluation: Evaluation) -> None:

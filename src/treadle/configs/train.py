@@ -1,12 +1,15 @@
 """The TOML of `treadle train`."""
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from treadle.configs.toml import RunConfig
-from treadle.train.settings import SftSettings
+from treadle.privacy.accounting import Accountant
+from treadle.privacy.plan import PrivacySettings
+from treadle.train.settings import PrivateSettings, SftSettings
 
 
 class TaskData(RunConfig):
@@ -47,6 +50,45 @@ class SourceData(RunConfig):
     name: str | None = None
 
 
+class PrivacyPromise(RunConfig):
+    """What a private run promises; see `PrivacySettings`.
+
+    Attributes:
+        epsilon: of the whole run; "none" for clipping without noise and without a promise.
+        delta: below 1/records.
+        records: the number of rows if it is public, else a public lower bound of it.
+        expected_batch: rows that a step is expected to sample.
+        steps: of the whole run.
+        max_grad_norm: to which a row's gradient is clipped.
+        accountant: "pld", or "rdp" to compare with articles.
+    """
+
+    epsilon: float | Literal["none"]
+    delta: float
+    records: int
+    expected_batch: int
+    steps: int
+    max_grad_norm: float = 1.0
+    accountant: Accountant = "pld"
+
+    def settings(self) -> PrivacySettings:
+        """The same as one round of so many local steps.
+
+        Raises:
+            ConfigError: a value is out of its range.
+        """
+        return PrivacySettings(
+            epsilon=math.inf if self.epsilon == "none" else self.epsilon,
+            delta=self.delta,
+            records=self.records,
+            expected_batch=self.expected_batch,
+            rounds=1,
+            local_steps=self.steps,
+            max_grad_norm=self.max_grad_norm,
+            accountant=self.accountant,
+        )
+
+
 def kind_of_data(data: object) -> str:
     """The tag of the kind of data that a table describes."""
     task = isinstance(data, TaskData) or (isinstance(data, dict) and "task" in data)
@@ -66,6 +108,8 @@ class TrainRun(RunConfig):
         variant_share: share of the examples shown with another instruction, which take turns; likewise.
         public: whether the data may be known; only then their digest is recorded in the adapter.
         sft: the trainer's settings.
+        privacy: makes it DP-SGD with this promise, instead of plain fine-tuning.
+        dp_sgd: that trainer's settings.
         device: "auto", "cpu", "cuda", …
         overwrite: whether a folder at `out` is replaced.
     """
@@ -81,6 +125,8 @@ class TrainRun(RunConfig):
     variant_share: float = Field(default=0.0, ge=0.0, le=1.0)
     public: bool = False
     sft: SftSettings = SftSettings()
+    privacy: PrivacyPromise | None = None
+    dp_sgd: PrivateSettings = PrivateSettings()
     device: str = "auto"
     overwrite: bool = False
 
@@ -92,4 +138,22 @@ class TrainRun(RunConfig):
             raise ValueError("variant_share above 0 needs data.variants, templates with other instructions")
         if self.bare_share + self.variant_share > 1:
             raise ValueError("bare_share and variant_share add up to more than 1")
+        if self.privacy is None and "dp_sgd" in self.model_fields_set:
+            raise ValueError("[dp_sgd] needs [privacy]; plain fine-tuning is configured by [sft]")
+        if self.privacy is not None:
+            self._private(self.privacy)
         return self
+
+    def _private(self, promise: PrivacyPromise) -> None:
+        """Refuse what would let one row decide about another, which no accountant knows of."""
+        promise.settings()
+        if "sft" in self.model_fields_set:
+            raise ValueError("[sft] and [privacy] are two trainers; private steps are configured by [dp_sgd]")
+        if promise.epsilon == "none":
+            return
+        if self.bare_share > 0 or self.variant_share > 0:
+            raise ValueError(
+                "bare_share and variant_share deal forms out among all rows: leave them out with [privacy]"
+            )
+        if self.data.limit is not None:
+            raise ValueError("data.limit lets one row push out another: cut the data beforehand with [privacy]")

@@ -2,7 +2,7 @@
 
 family, base    proved to belong together
 examples        rows in a template, a share of them without the instruction
-training        `train_sft`, continued from its checkpoint if a run was cut short
+training        `train_sft`, continued from its checkpoint if a run was cut short; or `train_private`, begun anew
 adapter         a PEFT folder with its provenance; then the checkpoint goes
 """
 
@@ -19,9 +19,11 @@ from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.files import checked_name, locked
+from treadle.privacy.plan import DPPlan
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
 from treadle.train.checkpoint import discard
+from treadle.train.private import PrivateResult, train_private
 from treadle.train.rows import data_sha256, mixed
 from treadle.train.sft import SftResult, train_sft
 
@@ -33,41 +35,58 @@ class TrainedAdapter:
     Attributes:
         adapter: as saved.
         folder: where.
-        result: its losses and counts, which stay with whoever trained it.
+        result: of plain fine-tuning its losses and counts, which stay with whoever trained it.
     """
 
     adapter: Adapter
     folder: Path
-    result: SftResult
+    result: SftResult | PrivateResult
 
 
 def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapter:
     """The configured adapter, also saved in the folder `config.out`.
 
-    A run that was cut short left `.NAME.checkpoint` beside `config.out`; the same run again continues from there.
+    A run that was cut short left `.NAME.checkpoint` beside `config.out`; the same run again continues from there. A
+    private run leaves nothing and is begun anew: what nobody saw has cost nothing.
 
     Raises:
         InputError: `config.out` exists, another process trains it, a file is missing, or the data cannot be used.
         MismatchError: the base is not the family's, or the checkpoint is of another run.
         UnavailableError: the base must be fetched and cannot be, or the disk refuses.
-        TreadleError: training failed; see `train_sft`.
+        TreadleError: training failed; see `train_sft` and `train_private`.
     """
     checked_name(config.name, where="key 'name'")
     if config.out.exists() and not config.overwrite:
         raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
     family = AdapterFamily.load(config.family)
     examples = _examples(config)
+    plan = _plan(config, examples)
     model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)
     checkpoints = config.out.parent / f".{config.out.name}.checkpoint"
     with _alone(config.out):
-        result = train_sft(
-            model, tokenizer, family, examples, config.sft, checkpoint_folder=checkpoints, progress=progress
-        )
+        if plan is not None:
+            result = train_private(model, tokenizer, family, examples, plan, config.dp_sgd, progress=progress)
+        else:
+            result = train_sft(
+                model, tokenizer, family, examples, config.sft, checkpoint_folder=checkpoints, progress=progress
+            )
         digest = data_sha256(examples) if config.public else None
         adapter = result.adapter(config.name, data=_name(config.data), data_sha256=digest)
         adapter.save(config.out, overwrite=config.overwrite)
         discard(checkpoints)
     return TrainedAdapter(adapter, config.out, result)
+
+
+def _plan(config: TrainRun, examples: Sequence[Example]) -> DPPlan | None:
+    """The plan of a private run. Whether there are as many rows as stated is for the eyes of who runs it."""
+    if config.privacy is None:
+        return None
+    if len(examples) < config.privacy.records:
+        raise InputError(
+            f"the data hold fewer rows than privacy.records = {config.privacy.records}",
+            remedy="state a lower bound that is public, or complete the data",
+        )
+    return config.privacy.settings().plan()
 
 
 def _examples(config: TrainRun) -> list[Example]:

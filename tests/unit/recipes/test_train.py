@@ -226,3 +226,79 @@ def test_another_base_is_refused(root: Path, configure: Configure, tiny_llama: L
     tiny_llama.save_pretrained(root / "base")
     with pytest.raises(MismatchError, match="its weights are .*, those of the base"):
         train_adapter(configure())
+
+
+PRIVATE = """
+base = "{root}/base"
+family = "{root}/family"
+name = "signs"
+out = "{root}/adapters/signs"
+public = {public}
+[data]
+source = "{root}/signs.jsonl"
+prompt = "question {{text}} answer"
+completion = " {{label}}"
+{data}
+[privacy]
+epsilon = {epsilon}
+delta = 1e-3
+records = {records}
+expected_batch = {batch}
+steps = 3
+accountant = "rdp"
+{more}
+"""
+
+
+def private(root: Path, **changes: object) -> TrainRun:
+    values = {"public": "false", "data": "", "epsilon": 4.0, "records": 12, "batch": 4, "more": ""} | changes
+    (root / "run.toml").write_text(PRIVATE.format(root=root, **values))
+    return load_toml(root / "run.toml", TrainRun)
+
+
+@pytest.mark.parametrize(("epsilon", "stated"), [(4.0, 4.0), ('"none"', None)])
+def test_a_private_run_leaves_an_adapter_that_states_its_epsilon(root: Path, epsilon: object, stated: object) -> None:
+    told: list[str] = []
+    made = train_adapter(
+        private(root, epsilon=epsilon, more="[dp_sgd]\nlearning_rate = 0.5"), lambda text, *_: told.append(text)
+    )
+    assert "private step" in told
+    stored = json.loads((root / "adapters" / "signs" / "treadle.json").read_text())["provenance"]
+    assert (made.adapter.provenance.epsilon, stored["method"]) == (stated, "dp-sgd")
+    assert stored["data_sha256"] is None
+    assert stored["settings"]["learning_rate"] == 0.5
+    assert [path.name for path in (root / "adapters").iterdir() if "checkpoint" in path.name] == []
+
+
+def test_the_digest_of_public_data_may_be_stated(root: Path) -> None:
+    assert train_adapter(private(root, public="true")).adapter.provenance.data_sha256 is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epsilon": 0}, "run.toml: epsilon is 0.0; it must be above 0"),
+        ({"epsilon": '"all"'}, "run.toml: key 'privacy.epsilon"),
+        ({"records": 1001, "batch": 1}, "run.toml: delta is 0.001; it must be below 1/records"),
+        ({"batch": 13}, "run.toml: expected_batch is 13; it must be from 1 to records = 12"),
+        ({"more": "max_grad_norm = 0.0"}, "run.toml: max_grad_norm is 0.0"),
+        ({"more": "[dp_sgd]\nmomentum = 2.0"}, "run.toml: momentum is 2.0"),
+        ({"more": "[sft]\nepochs = 1"}, r"run.toml: .*\[sft\] and \[privacy\] are two trainers"),
+        ({"data": "limit = 5"}, "run.toml: .*data.limit lets one row push out another"),
+        ({"public": "false\nbare_share = 0.5", "data": 'bare = "{{text}}"'}, "run.toml: .*deal forms out among all"),
+    ],
+)
+def test_promises_that_would_be_false_are_refused(root: Path, change: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        private(root, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_rows_than_stated_are_refused_without_saying_how_many(root: Path) -> None:
+    with pytest.raises(InputError, match=r"fewer rows than privacy.records = 20; state a lower bound"):
+        train_adapter(private(root, records=20))
+
+
+def test_settings_of_private_steps_need_a_promise(configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=r"\[dp_sgd\] needs \[privacy\]"):
+        configure(sft="[dp_sgd]\nlearning_rate = 0.5")
