@@ -99,6 +99,12 @@ def plan(old: str, new: str) -> Mistake:
     return lambda root: ["plan", toml(root, PLAN, old, new)]
 
 
+def family_run(lines: str) -> Mistake:
+    """Make a family with these lines in its run file."""
+    head = 'base = "{root}/base"\nplan = "{root}/plan.json"\nout = "{root}/n"\n'
+    return lambda root: ["family", "new", toml(root, head + lines)]
+
+
 def inspect(folder: str) -> Mistake:
     return lambda root: ["inspect", str(root / folder), "--base", str(root / "base")]
 
@@ -312,6 +318,21 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         ),
         2,
         "stands there twice",
+    ),
+    "a text for an A that reads none": (family_run("[text]\nsource = 'pydoc'"), 2, "init 'kaiming' reads no text"),
+    "no such way to make A": (family_run("init = 'pissa'"), 2, "run.toml: key 'init'"),
+    "a public text that is nowhere": (
+        family_run("init = 'public-pca'\n[text]\nsource = 'none.txt'"),
+        2,
+        "none.txt: no such file",
+    ),
+    "a public text shorter than the ranks": (
+        done(
+            lambda r: (r / "short.txt").write_text("the film"),
+            family_run("init = 'public-pca'\n[text]\nsource = '{root}/short.txt'\nwords = 2"),
+        ),
+        2,
+        "too few for rank 2; give more text",
     ),
     # banks
     "adapter of another family": (add("stranger"), 2, "stranger: belongs to family"),
