@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from treadle.cli import pilot
 from treadle.cli.console import working
 from treadle.cli.options import Json, Run
 
@@ -14,9 +15,11 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Train one adapter over silos whose rows stay where they are.", no_args_is_help=True)
     group.command("run")(run_command)
     group.command("resume")(resume_command)
+    group.command("watch")(watch_command)
     group.command("serve")(serve_command)
     group.command("admit")(admit_command)
     group.command("silo")(silo_command)
+    pilot.register(group)
     app.add_typer(group, name="federate")
 
 
@@ -36,6 +39,26 @@ def resume_command(run: Run, json: Json = False) -> None:
     _federate(run, json=json, resume=True)
 
 
+def watch_command(
+    run: Run,
+    once: Annotated[bool, typer.Option("--once", help="Show how it stands, and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Watch a run from another terminal: rounds, clients, bytes, ε.
+
+    Example: treadle federate watch triage.toml
+    """
+    from treadle.cli.federation_tables import show_watched, watch
+    from treadle.configs.federate import FederateRun
+    from treadle.configs.toml import load_toml
+    from treadle.recipes.federate import watched
+
+    config = load_toml(run, FederateRun)
+    if not (once or json):
+        watch(lambda: watched(config))
+    show_watched(watched(config), json=json)
+
+
 def serve_command(run: Run) -> None:
     """Start the server that the run's silos connect to, and keep it until Ctrl-C.
 
@@ -43,9 +66,9 @@ def serve_command(run: Run) -> None:
     """
     from treadle.configs.federate import FederateRun
     from treadle.configs.toml import load_toml
-    from treadle.recipes.superlink import serve
+    from treadle.recipes.superlink import superlink_command
 
-    raise typer.Exit(serve(load_toml(run, FederateRun)))
+    raise typer.Exit(superlink_command(load_toml(run, FederateRun)).run())
 
 
 def admit_command(
@@ -80,7 +103,7 @@ def silo_command(
 
 
 def _federate(run: Path, *, json: bool, resume: bool) -> None:
-    from treadle.cli.federation_tables import show_federation
+    from treadle.cli.federation_tables import page_of, show_federation
     from treadle.configs.federate import FederateRun
     from treadle.configs.toml import load_toml
     from treadle.recipes.federate import federate_in_process
@@ -88,9 +111,9 @@ def _federate(run: Path, *, json: bool, resume: bool) -> None:
     config = load_toml(run, FederateRun)
     with working() as progress:
         if config.superlink is None:
-            made = federate_in_process(config, resume=resume, progress=progress)
+            made = federate_in_process(config, resume=resume, progress=progress, seen=page_of(config.page))
         else:
             from treadle.recipes.superlink import submit
 
-            made = submit(config, run, resume=resume, progress=progress)
+            made = submit(config, run, resume=resume, progress=progress, seen=page_of(config.page))
     show_federation(made, json=json)

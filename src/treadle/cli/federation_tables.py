@@ -1,7 +1,16 @@
 """Federations as tables for people and as JSON for programs. Imported inside the commands, since it brings torch."""
 
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 from treadle.cli.console import print_json, print_table, remark, say
-from treadle.recipes.federate import FederatedRun
+from treadle.recipes.federate import FederatedRun, Watched, line_of
+from treadle.reports.federations import federation_page
+from treadle.reports.pages import write_page
+from treadle.train.federated.standing import totals
+
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def show_federation(made: FederatedRun, *, json: bool) -> None:
@@ -25,9 +34,43 @@ def show_federation(made: FederatedRun, *, json: bool) -> None:
     say(f"{made.folder}: {len(made.reports)} rounds, {spent}")
     if made.ended:
         remark(f"it ended early: {made.ended}")
-    last = made.reports[-1]
+    _print_clients(Watched(made.adapter.name, provenance.method, len(made.reports), made.reports))
+
+
+def _print_clients(now: Watched) -> None:
     print_table(
-        f"round {last.server_round}",
-        ("client", "outcome", "reason", "bytes down", "bytes up", "norm of update", "ε spent"),
-        [(row.client, row.outcome, row.reason, row.down, row.up, row.update_norm, row.epsilon) for row in last.clients],
+        "clients",
+        ("client", "rounds averaged", "missing", "bytes down", "bytes up", "ε spent", "last missing because"),
+        [
+            (row.client, row.accepted, row.missing, row.down, row.up, row.epsilon, row.reason)
+            for row in totals(now.reports)
+        ],
     )
+
+
+def show_watched(now: Watched, *, json: bool) -> None:
+    """Print how a run stands."""
+    if json:
+        reports = [report.to_json() for report in now.reports]
+        print_json({"name": now.name, "variant": now.variant, "rounds": now.rounds, "reports": reports})
+        return
+    say(f"{now.name}: round {len(now.reports)} of {now.rounds}")
+    _print_clients(now)
+
+
+def watch(look: Callable[[], Watched]) -> None:
+    """Print one line a round as it is done, until the last; Ctrl-C ends it sooner."""
+    told = 0
+    while True:
+        now = look()
+        for report in now.reports[told:]:
+            say(f"round {report.server_round} of {now.rounds}: {line_of(report)}")
+        told = len(now.reports)
+        if told >= now.rounds:
+            return
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def page_of(path: Path | None) -> Callable[[Watched], None]:
+    """What writes the run's page anew; it does nothing where none is asked for."""
+    return lambda now: None if path is None else write_page(path, federation_page(now))

@@ -7,7 +7,8 @@ adapter         a PEFT folder that says what each client has spent
 """
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +18,18 @@ from treadle.errors import ConfigError, InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.files import checked_name, locked
+from treadle.privacy.noise import SystemRandomness
 from treadle.progress import Progress, silent
 from treadle.recipes.silo import silo_client
 from treadle.train.federated.checkpoint import RunFolder, facts_of, read_reports
 from treadle.train.federated.client import Silo
+from treadle.train.federated.client_privacy import ClientPrivacyPlan, ClientPrivacySettings
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.result import federated_adapter
 from treadle.train.federated.run import Grid, federate, in_process_grid
 from treadle.train.federated.standing import RoundReport
+
+_LOG = logging.getLogger("treadle.federated")
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,40 @@ class FederatedRun:
     @staticmethod
     def load(config: FederateRun, *, ended: str = "") -> "FederatedRun":
         """What a run has made, from its folders."""
-        family = AdapterFamily.load(config.family)
         reports = tuple(read_reports(state_folder(config)))
-        return FederatedRun(Adapter.load(config.out, family=family), config.out, reports, ended)
+        return FederatedRun(Adapter.load(config.out), config.out, reports, ended)
 
 
-def federate_in_process(config: FederateRun, *, resume: bool = False, progress: Progress = silent) -> FederatedRun:
+@dataclass(frozen=True)
+class Watched:
+    """What may be seen of a run while it is under way.
+
+    Attributes:
+        name: of its adapter.
+        variant: by which it is joined.
+        rounds: that it is to have.
+        reports: of those that are done.
+    """
+
+    name: str
+    variant: str
+    rounds: int
+    reports: tuple[RoundReport, ...]
+
+
+def watched(config: FederateRun) -> Watched:
+    """How far the run has come; no report before its first round is done."""
+    reports = tuple(read_reports(state_folder(config)))
+    return Watched(config.name, config.variant.name, config.work.rounds, reports)
+
+
+def federate_in_process(
+    config: FederateRun,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    seen: Callable[[Watched], None] = lambda now: None,
+) -> FederatedRun:
     """The configured adapter, trained by silos that all live in this process; see `federate_on`.
 
     Raises:
@@ -59,10 +92,17 @@ def federate_in_process(config: FederateRun, *, resume: bool = False, progress: 
         InputError: a silo's data or ledger cannot be used.
     """
     run_of(config, resume=resume)
-    return federate_on(in_process_grid(clients_of(config)), config, resume=resume, progress=progress)
+    return federate_on(in_process_grid(clients_of(config)), config, resume=resume, progress=progress, seen=seen)
 
 
-def federate_on(grid: Grid, config: FederateRun, *, resume: bool = False, progress: Progress = silent) -> FederatedRun:
+def federate_on(
+    grid: Grid,
+    config: FederateRun,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    seen: Callable[[Watched], None] = lambda now: None,
+) -> FederatedRun:
     """The configured adapter, trained over this grid's clients, and saved in `config.out`.
 
     Args:
@@ -70,6 +110,7 @@ def federate_on(grid: Grid, config: FederateRun, *, resume: bool = False, progre
         config: the run's.
         resume: whether a run that died goes on; without it, one that has begun is an error.
         progress: told of every round.
+        seen: called with all rounds after each, for pages.
 
     Raises:
         InputError: `config.out` exists, or a run has begun or has not.
@@ -77,9 +118,11 @@ def federate_on(grid: Grid, config: FederateRun, *, resume: bool = False, progre
     """
     with _alone(config.out):
         federation, folder = run_of(config, resume=resume)
+        _warn(federation)
 
         def told(report: RoundReport) -> None:
-            progress(_line(report), report.server_round, config.work.rounds)
+            progress(line_of(report), report.server_round, config.work.rounds)
+            seen(watched(config))
 
         finished = federate(federation, grid, folder, told)
         if finished.progressed.server_round == 0:
@@ -111,7 +154,34 @@ def federation_of(config: FederateRun) -> Federation:
     """What the configuration runs."""
     family = AdapterFamily.load(config.family)
     variant = config.variant.variant(list(family.plan.modules), rounds=config.work.rounds)
-    return Federation(family, variant, config.work, config.rules)
+    return Federation(family, variant, config.work, config.rules, _client_privacy(config))
+
+
+def _client_privacy(config: FederateRun) -> ClientPrivacyPlan | None:
+    """The configured privacy of whole clients, None where there is none.
+
+    Raises:
+        ConfigError: a value is out of its range, or no noise gives this epsilon.
+    """
+    asked, rules = config.client_privacy, config.rules
+    if asked is None:
+        return None
+    settings = ClientPrivacySettings(
+        epsilon=asked.epsilon,
+        delta=asked.delta,
+        clients=len(rules.clients),
+        cohort=rules.asked,
+        rounds=config.work.rounds,
+        max_update_norm=asked.max_update_norm,
+    )
+    return settings.plan(SystemRandomness())
+
+
+def _warn(federation: Federation) -> None:
+    """Say so where there are too few clients for privacy of whole ones."""
+    privacy, count = federation.client_privacy, federation.family.plan.count()
+    if privacy is not None and (said := privacy.warning(count.lora_B)):
+        _LOG.warning("%s", said)
 
 
 def clients_of(config: FederateRun) -> list[Silo]:
@@ -135,7 +205,8 @@ def state_folder(config: FederateRun) -> Path:
     return config.out.parent / f".{config.out.name}.federation"
 
 
-def _line(report: RoundReport) -> str:
+def line_of(report: RoundReport) -> str:
+    """One round in one line."""
     accepted = sum(row.outcome == "accepted" for row in report.clients)
     return f"{accepted} of {len(report.clients)} clients, mean update {report.mean_norm:.3g}, {report.seconds:.1f} s"
 

@@ -1,30 +1,39 @@
 """A federation over real silos: Flower's SuperLink and SuperNodes as processes, started with our settings alone.
 
-server    `serve` starts the SuperLink; `admit` registers a silo's public key; `submit` starts the run
-silo      `serve_silo` starts the SuperNode, whose messages a process of ours answers
+server    `superlink_command` is the SuperLink; `admit` registers a silo's public key; `submit` starts the run
+silo      `serve_silo` starts the SuperNode and answers its messages
 
 All of it goes over TLS, and a SuperNode without a registered key is refused. Nothing calls home.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+
+from cryptography import x509
 
 from treadle import __version__, files
 from treadle.configs.federate import FederateRun, SiloRun, SuperLink
 from treadle.configs.toml import load_toml
-from treadle.errors import ConfigError, InputError, TreadleError, UnavailableError
+from treadle.errors import ConfigError, FormatError, InputError, TreadleError, UnavailableError
 from treadle.progress import Progress, silent
-from treadle.recipes.federate import FederatedRun, federate_on, run_of, state_folder
+from treadle.recipes.federate import FederatedRun, Watched, federate_on, line_of, run_of, state_folder, watched
+from treadle.recipes.silo import silo_client
 from treadle.train.federated.applications import server_app, unused_client_app
-from treadle.train.federated.node import PROCESS
+from treadle.train.federated.client import client_app
+from treadle.train.federated.node import ClientApp, answer_messages, handing_over
 from treadle.train.federated.quiet import silent_environment
 from treadle.train.federated.run import Grid
 
 OUTCOME = "outcome.json"
+_SECONDS_BETWEEN_QUESTIONS = 30.0
 
 _BUNDLE = """
 [project]
@@ -53,8 +62,30 @@ resume = ""
 _MODULE = "from treadle.recipes.superlink import client, server\n\n__all__ = ['client', 'server']\n"
 
 
-def serve(config: FederateRun) -> int:
-    """The exit code of the SuperLink that this run's silos connect to; it runs until it is stopped.
+@dataclass(frozen=True)
+class Command:
+    """A process to start.
+
+    Attributes:
+        arguments: the program's path first.
+        environment: all of it.
+    """
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def run(self) -> int:
+        """The exit code, once the process ends; Ctrl-C ends it."""
+        with subprocess.Popen(self.arguments, env=dict(self.environment)) as process:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                raise
+
+
+def superlink_command(config: FederateRun) -> Command:
+    """The SuperLink that this run's silos connect to; it runs until it is stopped.
 
     Raises:
         ConfigError: the run has no `superlink`.
@@ -63,9 +94,9 @@ def serve(config: FederateRun) -> int:
     """
     link = _link(config)
     arguments = ["--host", link.host, "--port", str(link.port), "--enable-supernode-auth"]
-    arguments += ["--ssl-certfile", _existing(link.certificate), "--ssl-keyfile", _existing(link.private_key)]
-    arguments += ["--ssl-ca-certfile", _existing(link.root_certificates), "--disable-runtime-dependency-installation"]
-    return _run("flower-superlink", arguments, _server_environment(config))
+    arguments += ["--ssl-certfile", _valid(link.certificate), "--ssl-keyfile", _existing(link.private_key)]
+    arguments += ["--ssl-ca-certfile", _valid(link.root_certificates), "--disable-runtime-dependency-installation"]
+    return Command((_command("flower-superlink"), *arguments), {**os.environ, **_server_environment(config)})
 
 
 def admit(config: FederateRun, public_key: Path) -> None:
@@ -78,14 +109,22 @@ def admit(config: FederateRun, public_key: Path) -> None:
     _flwr(config, ["supernode", "register", _existing(public_key), "treadle"])
 
 
-def submit(config: FederateRun, path: Path, *, resume: bool = False, progress: Progress = silent) -> FederatedRun:
+def submit(
+    config: FederateRun,
+    path: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    seen: Callable[[Watched], None] = lambda now: None,
+) -> FederatedRun:
     """What the run made on the SuperLink, once it is over.
 
     Args:
         config: the run's.
         path: of its TOML, which the ServerApp reads on the SuperLink's machine, which is this one.
         resume: whether a run that died goes on.
-        progress: told that it waits.
+        progress: told of every round.
+        seen: called with all rounds after each, for pages.
 
     Raises:
         InputError: as `federate_on`, told by the ServerApp.
@@ -97,14 +136,40 @@ def submit(config: FederateRun, path: Path, *, resume: bool = False, progress: P
     bundle = _bundle(config)
     settings = {"run": str(path.resolve()), "folder": str(Path.cwd()), "resume": "yes" if resume else ""}
     given = " ".join(f'{name}="{value}"' for name, value in settings.items())
-    progress("the run is on the SuperLink", 0, config.work.rounds)
-    _flwr(config, ["run", str(bundle), "treadle", "--stream", "--run-config", given])
+    _flwr(config, ["run", str(bundle), "treadle", "--run-config", given])
+    _follow(config, outcome, progress, seen)
     return _made(config, outcome)
 
 
+def _follow(config: FederateRun, outcome: Path, progress: Progress, seen: Callable[[Watched], None]) -> None:
+    """Tell of every round until the ServerApp has written its outcome.
+
+    Raises:
+        UnavailableError: it ended without one.
+    """
+    progress("the run is on the SuperLink", 0, config.work.rounds)
+    known, asked = 0, time.monotonic()
+    while not outcome.exists():
+        now = watched(config)
+        if len(now.reports) > known:
+            known = len(now.reports)
+            progress(line_of(now.reports[-1]), known, config.work.rounds)
+            seen(now)
+        if time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS:
+            asked = time.monotonic()
+            if _is_over(_flwr(config, ["ls", "treadle", "--format", "json"])) and not outcome.exists():
+                raise UnavailableError("the run ended without an outcome", remedy="see the SuperLink's log")
+        time.sleep(1)
+    seen(watched(config))
+
+
+def _is_over(listing: str) -> bool:
+    """Whether the newest run of Flower's list is finished."""
+    runs = json.loads(listing[listing.index("{") :]).get("runs", [])
+    return bool(runs) and str(runs[0].get("status", "")).startswith("finished")
+
+
 def _made(config: FederateRun, outcome: Path) -> FederatedRun:
-    if not outcome.exists():
-        raise TreadleError("the ServerApp left no outcome", where=outcome.parent, remedy="see the SuperLink's log")
     told = files.read_json(outcome)
     if told.get("error"):
         kind = InputError if told.get("kind") == "input" else UnavailableError
@@ -120,9 +185,9 @@ def _serve_run(grid: Grid, settings: Mapping[str, str]) -> None:
     try:
         made = federate_on(grid, config, resume=bool(settings["resume"]))
         files.write_json(outcome, {"ended": made.ended})
-    except TreadleError as error:
-        kind = "input" if isinstance(error, InputError) else "outside"
-        files.write_json(outcome, {"error": str(error), "kind": kind})
+    except Exception as error:
+        told = str(error) if isinstance(error, TreadleError) else f"{type(error).__name__}: {error}"
+        files.write_json(outcome, {"error": told, "kind": "input" if isinstance(error, InputError) else "outside"})
         raise
 
 
@@ -130,7 +195,29 @@ server, client = server_app(_serve_run), unused_client_app()
 
 
 def serve_silo(config: SiloRun, path: Path) -> int:
-    """The exit code of the SuperNode of this silo; it runs until it is stopped.
+    """The exit code of the silo's SuperNode; it runs until it is stopped, and this process answers its messages.
+
+    Raises:
+        ConfigError: the silo has no `supernode`.
+        InputError: a key or certificate is missing.
+        UnavailableError: Flower is not installed.
+    """
+    command = supernode_command(config, path)
+    pipe = handing_over(_processes(config))
+
+    def app() -> ClientApp:
+        return client_app(lambda context: silo_client(config))
+
+    with subprocess.Popen(command.arguments, env=dict(command.environment)) as process:
+        try:
+            return answer_messages(pipe, app, process.poll)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+
+
+def supernode_command(config: SiloRun, path: Path) -> Command:
+    """The SuperNode of the silo whose TOML is at `path`; whoever starts it must answer what `handing_over` gives.
 
     Raises:
         ConfigError: the silo has no `supernode`.
@@ -140,21 +227,16 @@ def serve_silo(config: SiloRun, path: Path) -> int:
     node = config.supernode
     if node is None:
         raise ConfigError("key 'supernode' is missing", where=path, remedy="say how the silo reaches its server")
-    arguments = ["--superlink", node.superlink, "--root-certificates", _existing(node.root_certificates)]
+    arguments = ["--superlink", node.superlink, "--root-certificates", _valid(node.root_certificates)]
     arguments += ["--auth-supernode-private-key", _existing(node.private_key), "--port", str(node.port)]
-    home = config.folder.resolve() / "flower"
-    environment = {**silent_environment(), "FLWR_HOME": str(home)}
-    environment["PATH"] = f"{_own_processes(home, path)}{os.pathsep}{_commands()}{os.pathsep}{os.environ['PATH']}"
-    return _run("flower-supernode", arguments, environment)
+    environment = {**os.environ, **silent_environment(), "FLWR_HOME": str(config.folder.resolve() / "flower")}
+    places = (str(_processes(config)), _commands(), os.environ["PATH"])
+    return Command((_command("flower-supernode"), *arguments), {**environment, "PATH": os.pathsep.join(places)})
 
 
-def _own_processes(home: Path, silo: Path) -> Path:
-    """A folder in which the name of Flower's client process stands for ours."""
-    folder = home / "processes"
-    script = f'#!/bin/sh\nexec "{sys.executable}" -m treadle.recipes.silo_node "{silo.resolve()}" "$@"\n'
-    files.write_bytes(folder / PROCESS, script.encode())
-    (folder / PROCESS).chmod(0o755)
-    return folder
+def _processes(config: SiloRun) -> Path:
+    """Where the name of Flower's client process stands for ours."""
+    return config.folder.resolve() / "flower" / "processes"
 
 
 def _bundle(config: FederateRun) -> Path:
@@ -191,20 +273,35 @@ def _existing(path: Path) -> str:
     return str(path.resolve())
 
 
+def _valid(certificate: Path) -> str:
+    """The path of a certificate that is in force.
+
+    Raises:
+        InputError: there is none, or it is not valid today.
+        FormatError: it is no certificate.
+    """
+    path = _existing(certificate)
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except ValueError as error:
+        raise FormatError(
+            "not a certificate in PEM", where=certificate, remedy="give the signed certificate"
+        ) from error
+    begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
+    if not begins <= datetime.now(UTC) <= ends:
+        raise InputError(
+            f"the certificate is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}",
+            where=certificate,
+            remedy="have a new one signed",
+        )
+    return path
+
+
 def _command(name: str) -> str:
     found = shutil.which(name, path=f"{_commands()}{os.pathsep}{os.environ['PATH']}")
     if found is None:
         raise UnavailableError(f"{name} is not installed", remedy="pip install 'treadle[federated]'")
     return found
-
-
-def _run(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    with subprocess.Popen([_command(name), *arguments], env={**os.environ, **environment}) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
 
 
 def _flwr(config: FederateRun, arguments: Sequence[str]) -> str:
@@ -221,7 +318,8 @@ def _flwr(config: FederateRun, arguments: Sequence[str]) -> str:
         check=False,
     )
     if done.returncode != 0:
-        lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+        lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines()]
+        lines = [line for line in lines if line and "For more information" not in line]
         raise UnavailableError(
             f"flwr {arguments[0]}: {lines[-1] if lines else 'failed'}", remedy="is the SuperLink running?"
         )

@@ -29,7 +29,8 @@ def write_page(path: Path, page: str) -> None:
     files.write_bytes(path, page.encode())
 
 
-def _render(template: str, content: Mapping[str, object]) -> str:
+def rendered(template: str, content: Mapping[str, object]) -> str:
+    """The page that a template makes of this content."""
     return _ENVIRONMENT.get_template(template).render(version=__version__, **content)
 
 
@@ -42,7 +43,7 @@ def inspection_page(found: Inspection) -> str:
     if found.modules:
         ranks = {row.module: row.rank for row in found.modules}
         maps.append(("Ranks", _rank_map(ranks)))
-    return _render("inspection.html.jinja", {"found": found, "maps": maps, "updated": updated})
+    return rendered("inspection.html.jinja", {"found": found, "maps": maps, "updated": updated})
 
 
 def _change_map(rows: Sequence[ModuleRow], name: str) -> Markup:
@@ -75,7 +76,7 @@ def plan_page(plan: RankPlan) -> str:
         "parameters of A": f"{count.lora_A:,}",
         **plan.provenance,
     }
-    return _render("plan.html.jinja", {"facts": facts, "chart": _rank_map(ranks)})
+    return rendered("plan.html.jinja", {"facts": facts, "chart": _rank_map(ranks)})
 
 
 def route_page(result: RouteResult) -> str:
@@ -101,7 +102,7 @@ def route_page(result: RouteResult) -> str:
             x_label="token",
             y_label="mean score over the tokens so far",
         )
-    return _render(
+    return rendered(
         "route.html.jinja",
         {
             "result": result,
@@ -137,7 +138,7 @@ def _layer_rows(result: RouteResult) -> list[tuple[str, str, str]]:
 
 def evaluation_page(evaluation: Evaluation) -> str:
     """The page of an evaluation: tables, dots with 95% intervals, and where prompts went."""
-    return _render("evaluation.html.jinja", _evaluation_parts(evaluation))
+    return rendered("evaluation.html.jinja", _evaluation_parts(evaluation))
 
 
 def demo_page(result: DemoResult) -> str:
@@ -161,7 +162,7 @@ def demo_page(result: DemoResult) -> str:
         ),
         "best": _headline(result.evaluation),
     }
-    return _render("demo.html.jinja", {**_evaluation_parts(result.evaluation), **story})
+    return rendered("demo.html.jinja", {**_evaluation_parts(result.evaluation), **story})
 
 
 def _smoothed(values: Sequence[float], window: int = 5) -> list[float]:

@@ -405,9 +405,7 @@ CASES: Sequence[Case] = (
 )
 
 
-def federated_faults(
-    config: FederatedFaultsRun, *, work: Path, quick: bool = False, progress: Progress = silent
-) -> BenchmarkResult:
+def federated_faults(config: FederatedFaultsRun, *, work: Path, progress: Progress = silent) -> BenchmarkResult:
     """How many of the cases a federation survives."""
     expected, rows = unbroken(work / "unbroken"), list[dict[str, object]]()
     for place, case in enumerate(CASES):

@@ -6,6 +6,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+
 def server_app(run: Callable[[Grid, Mapping[str, str]], None]) -> ServerApp:
     """The ServerApp that calls `run` with the grid and the run's own configuration."""
     app = ServerApp()

@@ -1,6 +1,6 @@
 """What the server knows of its clients, and how it saw a round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -97,3 +97,46 @@ class RoundReport:
             return RoundReport(clients=clients, cosines=cosines, **row)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
             raise FormatError(f"not a round's report ({error})", where=where, remedy="restore the file") from error
+
+
+@dataclass(frozen=True)
+class ClientTotals:
+    """One client over all rounds so far.
+
+    Attributes:
+        client: its name.
+        accepted: rounds in which its update was averaged.
+        missing: rounds in which it was asked and was not.
+        down: bytes sent to it, families apart.
+        up: bytes received.
+        epsilon: spent by its data, as it said last; None where nothing is accounted.
+        delta: belongs to epsilon.
+        reason: why its update was missing, the last time.
+    """
+
+    client: str
+    accepted: int = 0
+    missing: int = 0
+    down: int = 0
+    up: int = 0
+    epsilon: float | None = None
+    delta: float | None = None
+    reason: str = ""
+
+
+def totals(reports: Sequence[RoundReport]) -> list[ClientTotals]:
+    """Every client that was ever asked, in the order in which it was first."""
+    found: dict[str, ClientTotals] = {}
+    for row in (row for report in reports for row in report.clients):
+        known, counts = found.get(row.client, ClientTotals(row.client)), row.outcome == "accepted"
+        found[row.client] = ClientTotals(
+            row.client,
+            known.accepted + counts,
+            known.missing + (not counts),
+            known.down + row.down,
+            known.up + row.up,
+            row.epsilon if counts else known.epsilon,
+            row.delta if counts else known.delta,
+            known.reason if counts else row.reason,
+        )
+    return list(found.values())
