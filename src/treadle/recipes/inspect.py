@@ -235,6 +235,8 @@ def inspect_bank(
         facts["calibration tokens"] = str(statistics.tokens)
         facts["calibration method"] = f"{statistics.method}, {statistics.date}"
         facts["calibration text"] = statistics.text_read
+        if statistics.epsilon is not None:
+            facts["calibration ε"] = f"{statistics.epsilon:g} at δ = {statistics.delta:g}, beside an adapter's training"
         facts["calibration sha256"] = statistics.digest or f"not kept: {statistics.text_read}"
         if statistics.method == "traffic":
             facts["beyond the adapters' ε"] = "the statistics are a release about the callers whose prompts they saw"
@@ -299,7 +301,8 @@ def fleet_privacy(bank: AdapterBank) -> FleetPrivacy:
         return FleetPrivacy(None, None, "the calibration read the adapters' own data")
     if bank.family.plan.provenance.get("probe_text", "").startswith("private"):
         return FleetPrivacy(None, None, "the rank plan was probed on private text")
-    stated = [adapter.provenance.epsilon or 0.0 for adapter in bank.adapters]
+    statistics = (bank.statistics.epsilon if bank.statistics is not None else None) or 0.0  # of the same rows
+    stated = [(adapter.provenance.epsilon or 0.0) + statistics for adapter in bank.adapters]
     return FleetPrivacy(max(stated), sum(stated), "")
 
 

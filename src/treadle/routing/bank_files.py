@@ -198,6 +198,8 @@ def _write_statistics(folder: Path, statistics: Statistics) -> dict[str, object]
         "tokens": statistics.tokens,
         "ignored_tokens": list(statistics.ignored_tokens),
         "folded_B_sha256": list(statistics.B_digests),
+        "epsilon": statistics.epsilon,
+        "delta": statistics.delta,
     }
 
 
@@ -340,6 +342,8 @@ def _open_statistics(folder: Path, row: Mapping[str, object], bank: AdapterBank)
             _open_moments(tensors),
             _open_prompts(tensors),
             str(row["date"]),
+            None if row.get("epsilon") is None else float(cast("float", row["epsilon"])),
+            float(cast("float", row.get("delta", 0.0))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"calibration lacks {error}", where=folder / METADATA, remedy="calibrate again") from error

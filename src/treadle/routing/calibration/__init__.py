@@ -8,6 +8,7 @@ A calibration is an explicit step over named text. What each reads, and what tha
 | `public` | one text that has nothing to do with any task | none |
 | `analytic` | the same, once a family; an adapter is then described by its B | none |
 | `traffic` | a tenant's unlabelled prompts, aggregates only | the adapters' ε stands; a release about the callers |
+| `private` | numbers that silos released about their own text | the ε of the releases, beside the adapters' |
 """
 
 from treadle.routing.calibration.analytic import AnalyticCalibration, completed
@@ -15,6 +16,7 @@ from treadle.routing.calibration.drift import Drift, drift
 from treadle.routing.calibration.methods import Calibration, calibrate
 from treadle.routing.calibration.moments import LatentMoments, Moments
 from treadle.routing.calibration.own import OwnCalibration
+from treadle.routing.calibration.private import PrivateCalibration, ReleasedNorms
 from treadle.routing.calibration.prompts import PromptStatistics
 from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Method, Statistics
@@ -36,9 +38,11 @@ __all__ = [
     "Method",
     "Moments",
     "OwnCalibration",
+    "PrivateCalibration",
     "PromptStatistics",
     "PublicCalibration",
     "PublicText",
+    "ReleasedNorms",
     "Statistics",
     "TrafficCalibration",
     "TrafficStatistics",

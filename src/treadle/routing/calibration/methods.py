@@ -1,4 +1,4 @@
-"""The four calibrations by name, and the one function that carries any of them out."""
+"""The five calibrations by name, and the one function that carries any of them out."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +13,7 @@ from treadle.routing.calibration.analytic import AnalyticCalibration, closed_for
 from treadle.routing.calibration.moments import LatentMoments
 from treadle.routing.calibration.norms import read_norms
 from treadle.routing.calibration.own import OwnCalibration
+from treadle.routing.calibration.private import PrivateCalibration
 from treadle.routing.calibration.prompts import PromptStatistics, prompt_statistics
 from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Statistics
@@ -20,7 +21,7 @@ from treadle.routing.calibration.text import ignored_tokens, longest_passage, te
 from treadle.routing.calibration.traffic import TrafficCalibration, read_traffic
 from treadle.routing.factors import LayerFactors
 
-Calibration = OwnCalibration | PublicCalibration | AnalyticCalibration | TrafficCalibration
+Calibration = OwnCalibration | PublicCalibration | AnalyticCalibration | TrafficCalibration | PrivateCalibration
 
 
 def calibrate(
@@ -54,6 +55,8 @@ def calibrate(
         enough = (calibration.minimum_prompts, calibration.minimum_tokens)
         return seen.statistics(adapters, minimum_prompts=enough[0], minimum_tokens=enough[1])
     ignored = ignored_tokens(tokenizer)
+    if isinstance(calibration, PrivateCalibration):
+        return calibration.statistics(layers, adapters, ignored)
     mean = {module: torch.full((len(adapters),), torch.nan, dtype=torch.float64) for module in layers}
     std = {module: torch.full((len(adapters),), torch.nan, dtype=torch.float64) for module in layers}
     moments: dict[str, LatentMoments] = {}

@@ -20,10 +20,12 @@ class NormReading:
     Attributes:
         moments: of the norms of all tokens that count, of one column.
         passages: the mean norm of each passage in the order of reading, (passages,) in float64.
+        squares: the mean squared norm of each, likewise.
     """
 
     moments: dict[tuple[str, int], Moments] = field(default_factory=dict[tuple[str, int], Moments])
     passages: dict[tuple[str, int], Tensor] = field(default_factory=dict[tuple[str, int], Tensor])
+    squares: dict[tuple[str, int], Tensor] = field(default_factory=dict[tuple[str, int], Tensor])
 
 
 def read_norms(
@@ -48,7 +50,7 @@ def read_norms(
         batches: of `text_batches`.
         ignored: the token ids that do not count.
         progress: told of every batch.
-        by_passage: whether to keep a number a passage, too.
+        by_passage: whether to keep two numbers a passage, too.
 
     Raises:
         InputError: no token counts, or a layer never ran.
@@ -66,7 +68,8 @@ def read_norms(
                 new, key = Moments.of(column[:, None]), (factors.module, place)
                 found.moments[key] = found.moments[key].merge(new) if key in found.moments else new
                 if by_passage:
-                    means = torch.stack([part.mean() for part in column.split(lengths)])
+                    split = column.split(lengths)
+                    means = torch.stack([torch.stack([part.mean(), part.square().mean()]) for part in split])
                     parts.setdefault(key, []).append(means)
 
         return observe
@@ -74,7 +77,8 @@ def read_norms(
     mine = {name: factors for name, factors in layers.items() if bool(factors.present[list(places)].any())}
     observers = {name: (factors.shape, observer(factors)) for name, factors in mine.items()}
     read_text(model, batches, ignored, observers, progress)
-    found.passages.update({key: torch.cat(means) for key, means in parts.items()})
+    for key, means in parts.items():
+        found.passages[key], found.squares[key] = torch.cat(means).unbind(1)
     return found
 
 

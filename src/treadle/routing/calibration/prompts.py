@@ -1,4 +1,4 @@
-"""How common a prompt's score is among public prompts: what tells a prompt for the bank from one for nobody.
+"""A prompt's score in deviations of public prompts: what chooses an adapter, or tells that nobody is meant.
 
 A prompt has one mean z-score a layer. Over prompts these scores vary together, by how much depends on the layer, and
 an adapter's own prompts raise them all. For a common shift of variables with covariance C the best linear score has
@@ -6,7 +6,7 @@ the weights C⁻¹1 (generalised least squares; Fisher's discriminant for that s
 others say, or that any prompt moves, count less. C is of public prompts, shrunk towards a multiple of the identity.
 
 Reference: Aitken 1935; Ledoit and Wolf 2004 for the shape of the shrinkage. Deviation: its share is fixed, not
-estimated. docs/log.md says what the weights were tried against, and that they do not help to choose among adapters.
+estimated. docs/log.md says what the weights were tried against.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -81,7 +81,8 @@ def prompt_statistics(
         columns = [(passages[module, place] - mean[module][place]) / std[module][place] for module in names]
         table = torch.stack(columns, 1)
         w = layer_weights(table)
-        w = w / (table @ w).std(correction=0).clamp_min(torch.finfo(torch.float64).tiny)
+        spread = (table @ w).std(correction=0)
+        w = w / torch.where(spread > 0, spread, 1.0)
         for module, value in zip(names, w, strict=True):
             weight[module][place] = value
         centre[place] = (table @ w).mean()

@@ -12,13 +12,14 @@ from treadle.family.adapter import Adapter
 from treadle.routing.calibration.moments import LatentMoments
 from treadle.routing.calibration.prompts import PromptStatistics
 
-Method = Literal["own", "public", "analytic", "traffic"]
+Method = Literal["own", "public", "analytic", "traffic", "private"]
 
 _READ: Mapping[Method, str] = {
     "own": "the adapters' own data",
     "public": "public",
     "analytic": "public",
     "traffic": "callers' prompts",
+    "private": "numbers that silos released",
 }
 
 
@@ -37,12 +38,15 @@ class Statistics:
         method: how they were made.
         source: what was read, by name; "traffic:TENANT" for traffic.
         digest: SHA-256 of the texts if they are public, "" otherwise.
-        tokens: how many tokens were counted, an adapter.
+        tokens: how many tokens were counted, an adapter; 0 where that is private.
         ignored_tokens: token ids left out here, and therefore when prompts are scored.
         B_digests: `Adapter.digest` of the lora_B that each row describes, "" for a row of which nothing is known.
         moments: module → moments of the family's z = A·x under `analytic`, from which adapters to come are described.
         prompts: what public prompts say about layers, under `public`; None under the others.
         date: the UTC day of the reading; no part of what makes two calibrations equal.
+        epsilon: what the statistics of an adapter cost its own data at most, beside its training, under `private`;
+            None where nothing was spent or nothing accounts for it.
+        delta: belongs to epsilon; 0 where that is None.
     """
 
     mean: Mapping[str, Tensor]
@@ -56,11 +60,13 @@ class Statistics:
     moments: Mapping[str, LatentMoments] = field(default_factory=dict[str, LatentMoments])
     prompts: PromptStatistics | None = None
     date: str = field(default_factory=utc_day, compare=False)
+    epsilon: float | None = None
+    delta: float = 0.0
 
     @property
     def spends_privacy(self) -> bool:
         """Whether the adapters' own training data went in: a release that no ε of theirs accounts for."""
-        return self.method == "own"
+        return self.method == "own" or (self.method == "private" and self.epsilon is None)
 
     @property
     def text_read(self) -> str:

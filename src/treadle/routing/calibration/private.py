@@ -1,0 +1,88 @@
+"""Each adapter's own training text, as numbers that its silo released under differential privacy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treadle.errors import InputError, MismatchError
+from treadle.family.adapter import Adapter
+from treadle.routing.calibration.statistics import Method, Statistics
+from treadle.routing.factors import LayerFactors
+
+
+@dataclass(frozen=True)
+class ReleasedNorms:
+    """What one silo released about one adapter.
+
+    Attributes:
+        mean: module → mean norm of ‖B A x‖ over the adapter's own rows.
+        std: module → deviation, likewise.
+        B_digest: `Adapter.digest` of the lora_B that was measured.
+        epsilon: that the release cost those rows, beside the adapter's training; None if nothing accounts for it.
+        delta: belongs to epsilon.
+    """
+
+    mean: Mapping[str, float]
+    std: Mapping[str, float]
+    B_digest: str
+    epsilon: float | None
+    delta: float
+
+
+@dataclass(frozen=True)
+class PrivateCalibration:
+    """Every adapter's norms on its own text, as its silo released them; costs the ε that it states, and reads nothing.
+
+    Attributes:
+        released: adapter name → what its silo released.
+        name: what the report calls it.
+    """
+
+    released: Mapping[str, ReleasedNorms]
+    name: str = "private"
+
+    @property
+    def method(self) -> Method:
+        """How the bank's files name it."""
+        return "private"
+
+    def statistics(
+        self, layers: Mapping[str, LayerFactors], adapters: Sequence[Adapter], ignored: tuple[int, ...]
+    ) -> Statistics:
+        """The releases as statistics of these adapters, labelled with the largest ε; NaN where nothing was released.
+
+        Raises:
+            InputError: nothing was released about an adapter.
+            MismatchError: it was released about another lora_B.
+        """
+        found = [self._of(adapter) for adapter in adapters]
+        costs = [released.epsilon for released in found]
+        known = [epsilon for epsilon in costs if epsilon is not None]
+        return Statistics(
+            {module: _column(module, [released.mean for released in found]) for module in layers},
+            {module: _column(module, [released.std for released in found]) for module in layers},
+            self.method,
+            self.name,
+            "",
+            0,  # how many tokens there were is not released
+            ignored,
+            tuple(adapter.digest for adapter in adapters),
+            epsilon=max(known) if known and len(known) == len(costs) else None,
+            delta=max(released.delta for released in found),
+        )
+
+    def _of(self, adapter: Adapter) -> ReleasedNorms:
+        released = self.released.get(adapter.name)
+        if released is None:
+            raise InputError(
+                "nothing was released about it", where=adapter.name, remedy="ask its silo, or leave it out"
+            )
+        if released.B_digest != adapter.digest:
+            raise MismatchError("was released about another lora_B", where=adapter.name, remedy="ask its silo again")
+        return released
+
+
+def _column(module: str, numbers: Sequence[Mapping[str, float]]) -> Tensor:
+    return torch.tensor([row.get(module, torch.nan) for row in numbers], dtype=torch.float64)
