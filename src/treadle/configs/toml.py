@@ -1,8 +1,10 @@
-"""Reading a run's TOML into a frozen configuration, with errors of one line."""
+"""Reading a run's TOML into a frozen configuration, with errors of one line; and writing one."""
 
+import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -50,3 +52,35 @@ def checked(content: dict[str, object], kind: type[Config], *, where: object) ->
         raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy=remedy) from error
     except InputError as error:  # of settings that check themselves; they name their own key
         raise ConfigError(error.what, where=where, remedy=error.remedy) from error
+
+
+def toml_text(content: Mapping[str, object], table: str = "") -> str:
+    """The TOML of these keys: texts, numbers, lists of them, and tables; None is left out.
+
+    Args:
+        content: key → value.
+        table: the name of the table that they stand in; "" for the file itself.
+    """
+    lines = [f"{_key(key)} = {_value(value)}\n" for key, value in content.items() if _is_plain(value)]
+    head = f"\n[{table}]\n" if table and lines else ""
+    tables = [
+        toml_text(cast("Mapping[str, object]", value), f"{table}.{_key(key)}" if table else _key(key))
+        for key, value in content.items()
+        if isinstance(value, Mapping)
+    ]
+    return head + "".join([*lines, *tables])
+
+
+def _is_plain(value: object) -> bool:
+    return value is not None and not isinstance(value, Mapping)
+
+
+def _key(key: str) -> str:
+    return key if key.isascii() and key.replace("_", "").replace("-", "").isalnum() else _value(key)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, cast('list[object]', value)))}]"
+    text = json.dumps(value, ensure_ascii=False)  # of a text, a number or a boolean, TOML has JSON's form
+    return text.replace("\x7f", "\\u007f")

@@ -48,7 +48,20 @@ def kind_of(model: PreTrainedModel) -> Kind:
 
 def summed_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, ""]:
     """The sum of the cross-entropy (nats) over the batch's target tokens, or classes; see `weight`."""
-    return _LOSSES[kind_of(model)](model, batch)
+    logits, labels = _ANSWERS[kind_of(model)](model, batch)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="sum"
+    )
+
+
+def rightly_answered(model: PreTrainedModel, batch: Sequence[Pair]) -> list[bool]:
+    """Of every row whether its class is the likeliest, or its target what greedy decoding would write.
+
+    Greedy decoding writes a target exactly if each of its tokens is the likeliest after those before it, so that one
+    pass tells it.
+    """
+    logits, labels = _ANSWERS[kind_of(model)](model, batch)
+    return ((logits.argmax(-1) == labels) | (labels == _IGNORED)).all(1).tolist()
 
 
 def weight(kind: Kind, batch: Sequence[Pair]) -> int:
@@ -56,7 +69,11 @@ def weight(kind: Kind, batch: Sequence[Pair]) -> int:
     return len(batch) if kind is Kind.CLASSIFIER else sum(len(target) for _, target in batch)
 
 
-def _causal(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, ""]:
+Answers = tuple[Float[Tensor, "rows kept classes"], Int[Tensor, "rows kept"]]
+"""Logits where something is to be answered, and what is to be answered there; what is not counts for nothing."""
+
+
+def _causal(model: PreTrainedModel, batch: Sequence[Pair]) -> Answers:
     """Rows are padded on the left, so that targets end together and only the last logits need computing."""
     kept = max(len(target) for _, target in batch)
     tokens, mask = padded([p + t for p, t in batch], _filler(model), left=True, device=model.device)
@@ -68,25 +85,19 @@ def _causal(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, ""]:
         "use_cache": False,
     }
     named = {name: value for name, value in optional.items() if name in accepted}
-    logits = model(input_ids=tokens, attention_mask=mask, **named).logits[:, -kept - 1 : -1]
-    return _cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return model(input_ids=tokens, attention_mask=mask, **named).logits[:, -kept - 1 : -1], labels
 
 
-def _seq2seq(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, ""]:
+def _seq2seq(model: PreTrainedModel, batch: Sequence[Pair]) -> Answers:
     tokens, mask = padded([p for p, _ in batch], _filler(model), left=False, device=model.device)
     labels, _ = padded([t for _, t in batch], _IGNORED, left=False, device=model.device)
-    logits = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).logits
-    return _cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).logits, labels
 
 
-def _classifier(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, ""]:
+def _classifier(model: PreTrainedModel, batch: Sequence[Pair]) -> Answers:
     tokens, mask = padded([p for p, _ in batch], _filler(model), left=False, device=model.device)
-    classes = torch.tensor([target[0] for _, target in batch], device=model.device)
-    return _cross_entropy(model(input_ids=tokens, attention_mask=mask).logits, classes)
-
-
-def _cross_entropy(logits: Float[Tensor, "rows classes"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
-    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=_IGNORED, reduction="sum")
+    classes = torch.tensor([[target[0]] for _, target in batch], device=model.device)
+    return model(input_ids=tokens, attention_mask=mask).logits[:, None], classes
 
 
 def _filler(model: PreTrainedModel) -> int:
@@ -109,7 +120,7 @@ def padded(
     return tokens.to(device), mask.to(device)
 
 
-_LOSSES: dict[Kind, Callable[[PreTrainedModel, Sequence[Pair]], Tensor]] = {
+_ANSWERS: dict[Kind, Callable[[PreTrainedModel, Sequence[Pair]], Answers]] = {
     Kind.CAUSAL: _causal,
     Kind.SEQ2SEQ: _seq2seq,
     Kind.CLASSIFIER: _classifier,

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -29,7 +28,7 @@ from treadle.data.tasks import Task, load_task
 from treadle.errors import InputError
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.family import AdapterFamily
-from treadle.family.injection import inject, linear_shapes, trainable_factors
+from treadle.family.injection import linear_shapes, trainable_factors
 from treadle.family.plan import RankPlan
 from treadle.models.heads import with_head
 from treadle.models.loading import identity_of, load_model, load_tokenizer
@@ -37,10 +36,10 @@ from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.plan import Mechanism, PrivacySettings
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.recipes.federated_trial import accuracy_of, split
 from treadle.train.federated.aggregation import Update
-from treadle.train.federated.factors import Factors, GlobalState, key_of_A
+from treadle.train.federated.factors import GlobalState, key_of_A
 from treadle.train.federated.variants import Variant, VariantSettings, Work
-from treadle.train.objectives import padded
 from treadle.train.private import private_steps
 from treadle.train.rows import Row, encoded
 from treadle.train.settings import PrivateSettings
@@ -273,50 +272,6 @@ def _client_round(
         rows = [data.train[place] for place in places]
         private_steps(data.model, weights, rows, mechanism, settings, steps=config.local_steps)
         return {key: weight.detach().clone() for key, weight in weights.items()}
-
-
-def split(labels: Sequence[int], clients: int, concentration: float, *, seed: int) -> list[list[int]]:
-    """The places of each client's rows: of every label, the shares of the clients are one draw of a Dirichlet.
-
-    No client is left with fewer than a tenth of an equal share; draws that would are drawn again.
-
-    Args:
-        labels: of all rows.
-        clients: at least 1.
-        concentration: of the Dirichlet, above 0; inf for equal shares.
-        seed: of shares and order.
-
-    Reference: arXiv 1909.06335 §2.
-    """
-    draw = np.random.default_rng(seed)
-    least = len(labels) // (10 * clients)
-    while True:
-        parts: list[list[int]] = [[] for _ in range(clients)]
-        for label in sorted(set(labels)):
-            places = draw.permutation([place for place, each in enumerate(labels) if each == label])
-            shares = (
-                np.full(clients, 1 / clients)
-                if concentration == math.inf
-                else draw.dirichlet(np.full(clients, concentration))
-            )
-            ends = np.round(np.cumsum(shares)[:-1] * len(places)).astype(int)
-            for part, mine in zip(parts, np.split(places, ends), strict=True):
-                part.extend(int(place) for place in mine)
-        if min(map(len, parts)) >= max(1, least):
-            return [sorted(part) for part in parts]
-
-
-def accuracy_of(model: PreTrainedModel, factors: Factors, rows: Sequence[Row]) -> float:
-    """The share of rows whose class is the likeliest under these factors."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place].prompt))
-    right = 0
-    with torch.inference_mode(), inject(model, factors.lora_A, factors.lora_B):
-        for begin in range(0, len(order), _BATCH):
-            batch = [rows[place] for place in order[begin : begin + _BATCH]]
-            ids, mask = padded([row.prompt for row in batch], 0, left=False, device=model.device)
-            found = model(input_ids=ids, attention_mask=mask).logits.argmax(1).tolist()
-            right += sum(place == row.target[0] for place, row in zip(found, batch, strict=True))
-    return right / len(rows)
 
 
 def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:

@@ -1,0 +1,66 @@
+"""Pilots and probes as tables for people and as JSON for programs. Imported inside the commands: it brings torch."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from treadle.cli.console import print_json, print_table, remark, say
+from treadle.recipes.pilot import PilotResult
+from treadle.reports.pages import write_page
+from treadle.reports.pilots import pilot_page, shown
+
+PAGE = "pilot.html"
+
+
+def show_pilot(found: PilotResult, *, json: bool) -> None:
+    """Print what a pilot found, and write its page."""
+    page = found.config.out / PAGE
+    write_page(page, pilot_page(found))
+    if json:
+        print_json(_content(found, page))
+        return
+    print_table(
+        "accuracy at every ε",
+        ("ε", "A", "learning rate", "clip", "accuracy", "from", "to", "bytes a round", "seconds a step", "bytes held"),
+        [
+            (
+                shown(row.epsilon),
+                row.point.init,
+                row.point.learning_rate,
+                row.point.max_grad_norm,
+                *(row.accuracy.estimate, row.accuracy.low, row.accuracy.high),
+                *(row.round_bytes, row.step_seconds, row.memory),
+            )
+            for row in found.curve
+        ],
+    )
+    for check in found.checks:
+        if not check.holds:
+            remark(f"{check.name} is {check.found:.6g}, the threshold {check.wanted:.6g}")
+    say(f"go at {shown(found.decided.epsilon)}: {found.run}" if found.go else "no go")
+    say(f"page: {page}")
+
+
+def _content(found: PilotResult, page: Path) -> dict[str, object]:
+    return {
+        "go": found.go,
+        "run": found.run,
+        "page": page,
+        "private": found.config.private,
+        "decided": found.decided.epsilon,
+        "checks": [asdict(check) for check in found.checks],
+        "curve": [
+            {
+                "epsilon": row.epsilon,
+                **asdict(row.point),
+                **asdict(row.accuracy),
+                "seeds": len(row.tried),
+                "round_bytes": row.round_bytes,
+                "step_seconds": row.step_seconds,
+                "memory_bytes": row.memory,
+                "noise_multiplier": row.noise,
+                "noise_multiplier_of_run": row.noise_of_run,
+            }
+            for row in found.curve
+        ],
+        "searched": [asdict(trial) for trial in found.searched],
+    }

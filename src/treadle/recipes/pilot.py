@@ -1,0 +1,478 @@
+"""A pilot: what a federation is likely to reach, found on public rows before any private row has cost anything.
+
+search     every A × learning rate × clip at every ε, one seed, judged on the first half of the rows held out
+report     the best of them at every ε, on fresh seeds, judged on the second half
+decision   the smallest acceptable ε at which every threshold holds; they were written down before the first trial
+run        the configuration of the whole federation, with the family, learning rate and clip that were chosen
+
+Trials on public rows cost no ε. In a private pilot each is a run over the silos' own ledgers, which pay for it.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from transformers import PreTrainedModel
+
+from treadle import files
+from treadle.configs.family import FamilyRun
+from treadle.configs.federate import FederateRun, SiloRun
+from treadle.configs.pilot import Epsilon, Init, PilotRun, acceptable
+from treadle.configs.toml import load_toml, toml_text
+from treadle.data.prompts import Example
+from treadle.errors import FormatError, InputError, MismatchError, UnavailableError
+from treadle.evaluation.intervals import Interval, mean_interval, wilson_interval
+from treadle.family.family import AdapterFamily
+from treadle.models.loading import choose_device, load_model, load_tokenizer
+from treadle.privacy.plan import PrivacySettings
+from treadle.progress import Progress, silent
+from treadle.recipes.family import new_family
+from treadle.recipes.federate import federate_in_process, state_folder
+from treadle.recipes.federated_trial import accuracy_of, split
+from treadle.recipes.footprint import forget_peak, peak_bytes
+from treadle.recipes.silo import number_of
+from treadle.recipes.simulated_silos import SimulatedSilos
+from treadle.recipes.train import examples_of
+from treadle.train.federated.checkpoint import RunFolder, facts_of
+from treadle.train.federated.factors import Factors
+from treadle.train.federated.federation import Federation
+from treadle.train.federated.run import federate, in_process_grid
+from treadle.train.federated.standing import RoundReport, totals
+from treadle.train.rows import Row, encoded, shuffled
+from treadle.train.settings import PrivateSettings
+
+PILOT, TRIALS, RUN = "pilot.json", "trials.jsonl", "run.toml"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of the grid."""
+
+    init: Init
+    learning_rate: float
+    max_grad_norm: float
+
+    def __str__(self) -> str:
+        return f"{self.init}, learning rate {self.learning_rate:g}, clip {self.max_grad_norm:g}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training to be done: a point at an ε ("silos'" in a private pilot), to choose ("search") or to "report"."""
+
+    point: Point
+    epsilon: Epsilon
+    seed: int
+    stage: str
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a trial has shown.
+
+    Attributes:
+        trial: which.
+        accuracy: on the half of the held-out rows that belongs to its stage; 0 where it failed.
+        round_bytes: up and down in a round, of the client with the most.
+        step_seconds: of one private step of one client.
+        memory: most bytes held, by the process in which all simulated clients take turns.
+        spent: ε that the silos' data have spent in all by then; None on public rows.
+        failed: why it did not end; "" if it did.
+    """
+
+    trial: Trial
+    accuracy: float
+    round_bytes: int = 0
+    step_seconds: float = 0.0
+    memory: int = 0
+    spent: float | None = None
+    failed: str = ""
+
+    @staticmethod
+    def of_json(content: Mapping[str, object], *, where: object) -> "Tried":
+        """The trial in a JSON object of `asdict`.
+
+        Raises:
+            FormatError: it is none.
+        """
+        row = json.loads(json.dumps(content))
+        try:
+            trial = row.pop("trial")
+            point = Point(**trial.pop("point"))
+            return Tried(Trial(point, **trial), **row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"no trial of a pilot ({error})", where=where, remedy="delete the file") from error
+
+
+@dataclass(frozen=True)
+class AtEpsilon:
+    """What the pilot found for one ε.
+
+    Attributes:
+        epsilon: of every silo.
+        point: the best of the grid.
+        accuracy: over the seeds, with the wider of two 95% intervals at either end: Student's over seeds, and Wilson's
+            over the rows that judge.
+        tried: the reported trials.
+        noise: noise multiplier of the trials; None in a private pilot, where each silo has its own.
+        noise_of_run: likewise of the whole run, where its `records` are stated.
+    """
+
+    epsilon: Epsilon
+    point: Point
+    accuracy: Interval
+    tried: tuple[Tried, ...]
+    noise: float | None
+    noise_of_run: float | None
+
+    @property
+    def round_bytes(self) -> int:
+        """The most of the trials."""
+        return max(row.round_bytes for row in self.tried)
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean over the trials."""
+        return fmean(row.step_seconds for row in self.tried)
+
+    @property
+    def memory(self) -> int:
+        """The most of the trials."""
+        return max(row.memory for row in self.tried)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A threshold beside what was found."""
+
+    name: str
+    found: float
+    wanted: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class PilotResult:
+    """What a pilot found.
+
+    Attributes:
+        config: what was tried.
+        searched: the trials that chose.
+        curve: a row an ε, the strongest privacy first.
+        decided: the row that the decision is about: the smallest ε that may go, else the acceptable one with the best
+            accuracy.
+        checks: of that row.
+        run: the whole run's TOML; None on "no go".
+    """
+
+    config: PilotRun
+    searched: tuple[Tried, ...]
+    curve: tuple[AtEpsilon, ...]
+    decided: AtEpsilon
+    checks: tuple[Check, ...]
+    run: Path | None
+
+    @property
+    def go(self) -> bool:
+        """Whether every threshold holds."""
+        return all(check.holds for check in self.checks)
+
+
+def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
+    """All trials of the configuration that are not in `config.out` yet, and what follows from them.
+
+    Raises:
+        InputError: the data, the plan or the base cannot be used, or there are too few rows.
+        ConfigError: a number of the trials contradicts another, such as δ the number of rows.
+        MismatchError: `config.out` holds the trials of another configuration, thresholds included.
+        BudgetError: a silo of a private pilot allows no more.
+        UnavailableError: something must be fetched and cannot be, or the disk refuses.
+    """
+    _write_down(config)
+    pilot = _Pilot(config, _Stage.opened(config, progress))
+    done = {row.trial: row for row in _recorded(config.out / TRIALS)}
+    planned, seeds = len(_points(config)) * len(_epsilons(config)), len(config.trials.seeds)
+    expected = planned + seeds * len(_epsilons(config))
+
+    def tried(trial: Trial) -> Tried:
+        if trial not in done:
+            progress(f"{trial.stage}: ε {trial.epsilon}, {trial.point}, seed {trial.seed}", len(done), expected)
+            done[trial] = pilot.tried(trial)
+            files.append_line(config.out / TRIALS, json.dumps(asdict(done[trial]), allow_nan=False).encode())
+        return done[trial]
+
+    searched: list[Tried] = []
+    curve: list[AtEpsilon] = []
+    for epsilon in _epsilons(config):
+        here = [tried(Trial(p, epsilon, config.trials.tuning_seed, "search")) for p in _points(config)]
+        best = max(here, key=lambda row: row.accuracy).trial.point
+        reported = tuple(tried(Trial(best, epsilon, seed, "report")) for seed in config.trials.seeds)
+        searched += here
+        curve.append(pilot.at(epsilon, best, reported))
+    return _decided(config, tuple(searched), tuple(curve))
+
+
+def _write_down(config: PilotRun) -> None:
+    """Keep the configuration beside the trials, so that neither it nor its thresholds change under them.
+
+    Raises:
+        MismatchError: another one stands there.
+    """
+    content, path = config.model_dump(mode="json"), config.out / PILOT
+    if path.exists() and files.read_json(path) != content:
+        known = files.read_json(path)
+        key = next(key for key in content if known.get(key) != content[key])
+        raise MismatchError(
+            f"[{key}] is not what it was when the first trial was made",
+            where=path,
+            remedy="thresholds and trials are stated beforehand: choose another out folder for another pilot",
+        )
+    if not path.exists():
+        files.write_json(path, content)
+
+
+def _points(config: PilotRun) -> list[Point]:
+    grid = config.grid
+    return [Point(i, rate, clip) for i in grid.init for clip in grid.max_grad_norm for rate in grid.learning_rate]
+
+
+def _epsilons(config: PilotRun) -> list[Epsilon]:
+    """From the strongest privacy to none."""
+    if not config.private:
+        return sorted(config.grid.epsilon, key=number_of)
+    stated = [load_toml(path, SiloRun).privacy.epsilon for path in config.run.silos]
+    return [max(stated, key=number_of)]
+
+
+def _recorded(path: Path) -> Iterator[Tried]:
+    if path.exists():
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            try:
+                content = json.loads(line)
+            except ValueError:  # a writer died in this line, and its trial is made again
+                continue
+            yield Tried.of_json(content, where=f"{path}, line {number}")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The base, and the public rows."""
+
+    model: PreTrainedModel
+    rows: Sequence[Row]
+    answers: Sequence[int]
+    judging: Mapping[str, Sequence[Row]]
+
+    @staticmethod
+    def opened(config: PilotRun, progress: Progress) -> "_Stage":
+        """Base and rows of a configuration.
+
+        Raises:
+            InputError: there are too few rows.
+        """
+        examples = examples_of(config.data, shares={}, seed=0)
+        trials = config.trials
+        held = len(examples) if config.private else trials.held_out
+        needed = held + (0 if config.private else trials.clients)
+        if len(examples) < max(2, needed):
+            raise InputError(
+                f"{len(examples)} public rows are fewer than held_out and a row a client need ({max(2, needed)})",
+                remedy="give more rows, or lower trials.held_out",
+            )
+        progress("opening the base model", 0, 0)
+        model = load_model(config.base, device=trials.device)
+        settings = PrivateSettings(max_length=config.run.work.max_length)
+        rows = encoded(model, load_tokenizer(config.base), examples, settings)
+        order = shuffled(len(rows), trials.tuning_seed, "held out")
+        judging, rest = order[:held], sorted(order[held:])
+        halves = {"search": judging[: held // 2], "report": judging[held // 2 :]}
+        return _Stage(
+            model,
+            [rows[place] for place in rest],
+            _numbered([examples[place] for place in rest]),
+            {stage: [rows[place] for place in places] for stage, places in halves.items()},
+        )
+
+
+def _numbered(examples: Sequence[Example]) -> list[int]:
+    """A number for every different answer."""
+    known = {answer: number for number, answer in enumerate(sorted({row.completion for row in examples}))}
+    return [known[row.completion] for row in examples]
+
+
+@dataclass(frozen=True)
+class _Pilot:
+    config: PilotRun
+    stage: _Stage
+
+    def tried(self, trial: Trial) -> Tried:
+        """What the trial shows."""
+        device = choose_device(self.config.trials.device)
+        forget_peak(device)
+        try:
+            trained = self._private(trial) if self.config.private else self._public(trial)
+        except UnavailableError as error:  # a client refused, as it does where B became NaN
+            if self.config.private:
+                raise
+            return Tried(trial, 0.0, memory=peak_bytes(device), failed=str(error))
+        rows = self.stage.judging[trial.stage]
+        accuracy = accuracy_of(self.stage.model, trained.factors, rows)
+        rounds = len(trained.reports)
+        most = max((client.up + client.down for client in totals(trained.reports)), default=0)
+        return Tried(trial, accuracy, most // rounds, trained.step_seconds, peak_bytes(device), trained.spent)
+
+    def family(self, init: Init, seed: int) -> Path:
+        """The folder of the family of this A, made once."""
+        config = self.config
+        folder = config.out / "families" / f"{init}-{seed}"
+        if not folder.exists():
+            text = config.text if init == "public-pca" else None
+            device = config.trials.device
+            run = FamilyRun(base=config.base, plan=config.plan, out=folder, seed=seed, init=init, text=text)
+            new_family(run.model_copy(update={"device": device}))
+        return folder
+
+    def _public(self, trial: Trial) -> "_Trained":
+        """A federation of simulated silos with public rows, and seeded noise: nothing is promised, nothing is spent."""
+        config, point = self.config, trial.point
+        family = AdapterFamily.load(self.family(point.init, trial.seed))
+        work = config.run.work.with_point(point.learning_rate, point.max_grad_norm, rounds=config.trials.rounds)
+        silos = self._silos(trial)
+        names = tuple(silos.rows)
+        rules = replace(
+            config.run.rules, clients=names, sample=None, minimum=None, rank_share={}, too_few="abort", seed=trial.seed
+        )
+        variant = config.run.variant.variant(list(family.plan.modules), rounds=work.rounds)
+        federation = Federation(family, variant, work, rules)
+        reports: list[RoundReport] = []
+        with tempfile.TemporaryDirectory() as place:
+            folder = RunFolder(Path(place) / "server", facts_of(federation))
+            grid = in_process_grid(silos.opened(Path(place), work))
+            finished = federate(federation, grid, folder, reports.append)
+        if finished.why:
+            raise UnavailableError(finished.why)
+        factors = finished.progressed.state.of_client("")
+        return _Trained(factors, tuple(reports), silos.clock.seconds / max(1, silos.clock.steps), None)
+
+    def _silos(self, trial: Trial) -> SimulatedSilos:
+        trials = self.config.trials
+        unevenness = math.inf if trials.concentration == "iid" else trials.concentration
+        parts = split(self.stage.answers, trials.clients, unevenness, seed=trial.seed)
+        return SimulatedSilos(
+            self.stage.model,
+            {f"silo-{n}": [self.stage.rows[i] for i in part] for n, part in enumerate(parts, start=1)},
+            number_of(trial.epsilon),
+            trials.delta,
+            trials.micro_batch,
+            trial.seed,
+        )
+
+    def _private(self, trial: Trial) -> "_Trained":
+        """A run over the silos' own rows, paid for by their ledgers; one that was cut short goes on."""
+        config, point = self.config, trial.point
+        family = AdapterFamily.load(self.family(point.init, trial.seed))
+        work = config.run.work.with_point(point.learning_rate, point.max_grad_norm, rounds=config.trials.rounds)
+        name = f"{trial.stage}-{point.init}-{point.learning_rate:g}-{point.max_grad_norm:g}-{trial.seed}"
+        run = config.run.model_copy(update={"out": config.out / "trials" / name, "page": None, "overwrite": True})
+        full = run.with_family(self.family(point.init, trial.seed), work)
+        made = federate_in_process(full, resume=(state_folder(full) / "state.safetensors").exists())
+        if made.ended:
+            raise InputError(
+                f"a trial ended after {len(made.reports)} rounds: {made.ended}",
+                remedy="let the silos' ledgers allow more, or try less",
+            )
+        lora_B = {module: B * family.scaling(module) for module, B in made.adapter.lora_B.items()}
+        asked = sum(len(report.clients) for report in made.reports)
+        seconds = sum(report.seconds for report in made.reports) / max(1, asked * work.local_steps)
+        return _Trained(Factors(made.adapter.lora_A, lora_B), made.reports, seconds, made.adapter.provenance.epsilon)
+
+    def at(self, epsilon: Epsilon, point: Point, tried: tuple[Tried, ...]) -> AtEpsilon:
+        """What the reported trials say."""
+        noise = None if self.config.private else self._noise(epsilon, min(map(len, self._silo_rows(point, epsilon))))
+        records = self.config.run.records
+        noise_of_run = None if records is None or self.config.private else self._noise(epsilon, records, run=True)
+        accuracy = _accuracy(tried, len(self.stage.judging["report"]))
+        return AtEpsilon(epsilon, point, accuracy, tried, noise, noise_of_run)
+
+    def _silo_rows(self, point: Point, epsilon: Epsilon) -> list[Sequence[Row]]:
+        return list(self._silos(Trial(point, epsilon, self.config.trials.seeds[0], "report")).rows.values())
+
+    def _noise(self, epsilon: Epsilon, records: int, *, run: bool = False) -> float:
+        """The noise multiplier of a trial, or of the whole run, for a silo of so many rows."""
+        work = self.config.run.work
+        settings = PrivacySettings(
+            epsilon=number_of(epsilon),
+            delta=self.config.trials.delta,
+            records=records,
+            expected_batch=work.expected_batch,
+            rounds=work.rounds if run else self.config.trials.rounds,
+            local_steps=work.local_steps,
+            reserve_rounds=work.reserve_rounds if run else 0,
+        )
+        return settings.plan().noise_multiplier
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a trial's training made."""
+
+    factors: Factors
+    reports: tuple[RoundReport, ...]
+    step_seconds: float
+    spent: float | None
+
+
+def _accuracy(tried: Sequence[Tried], rows: int) -> Interval:
+    """Their mean, its interval the wider of two at either end; rows are the same for all seeds, so none is enough."""
+    seeds = mean_interval([row.accuracy for row in tried])
+    judged = wilson_interval(round(seeds.estimate * rows), rows)
+    return Interval(
+        seeds.estimate, max(0.0, min(seeds.low, judged.low)), min(1.0, max(seeds.high, judged.high)), seeds.level
+    )
+
+
+def _checks(config: PilotRun, row: AtEpsilon) -> tuple[Check, ...]:
+    """Every threshold, beside what this row has."""
+    go = config.go
+    upper: list[tuple[str, float, float | None]] = [
+        ("epsilon", number_of(row.epsilon), number_of(go.epsilon)),
+        ("round_bytes", row.round_bytes, go.round_bytes),
+        ("step_seconds", row.step_seconds, go.step_seconds),
+        ("memory_bytes", row.memory, go.memory_bytes),
+    ]
+    accuracy = Check("accuracy", row.accuracy.low, go.accuracy, row.accuracy.low >= go.accuracy)
+    rest = [Check(name, found, wanted, found <= wanted) for name, found, wanted in upper if wanted is not None]
+    return (accuracy, *rest)
+
+
+def _decided(config: PilotRun, searched: tuple[Tried, ...], curve: tuple[AtEpsilon, ...]) -> PilotResult:
+    """The smallest ε that may go, and its run; else the row that comes closest, and no run."""
+    path = config.out / RUN
+    for row in curve:
+        checks = _checks(config, row)
+        if all(check.holds for check in checks):
+            files.write_bytes(path, _run_text(config, row).encode())
+            load_toml(path, FederateRun)
+            return PilotResult(config, searched, curve, row, checks, path)
+    path.unlink(missing_ok=True)
+    within = [row for row in curve if acceptable(row.epsilon, config.go)] or list(curve)
+    best = max(within, key=lambda row: row.accuracy.low)
+    return PilotResult(config, searched, curve, best, _checks(config, best), None)
+
+
+def _run_text(config: PilotRun, row: AtEpsilon) -> str:
+    """RUN.toml: what the pilot was told, with what it chose."""
+    point, trials = row.point, config.trials
+    work = config.run.work.with_point(point.learning_rate, point.max_grad_norm)
+    run = config.run.with_family(config.out / "families" / f"{point.init}-{trials.tuning_seed}", work)
+    found = f"accuracy {row.accuracy.estimate:.3f}, 95% interval {row.accuracy.low:.3f} to {row.accuracy.high:.3f}"
+    head = (
+        f"# Chosen by a pilot: {point}; {found} on public rows.\n"
+        f"# No server sets a silo's epsilon. The pilot is about silos whose own TOML says epsilon = "
+        f"{json.dumps(row.epsilon)} under [privacy].\n"
+    )
+    return head + toml_text(run.model_dump(mode="json", exclude_none=True))

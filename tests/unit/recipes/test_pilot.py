@@ -1,0 +1,295 @@
+"""`treadle federate pilot`: a run's settings from public rows, thresholds that stand beforehand, and an honest no."""
+
+import json
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from treadle.cli.app import app
+from treadle.configs.federate import FederateRun
+from treadle.configs.pilot import PilotRun
+from treadle.configs.toml import load_toml
+from treadle.errors import ConfigError, FormatError, InputError, MismatchError, TreadleError
+from treadle.family.family import AdapterFamily
+from treadle.family.injection import linear_shapes
+from treadle.family.plan import RankPlan
+from treadle.models.heads import with_head
+from treadle.models.loading import load_model
+from treadle.privacy.ledger import Ledger
+from treadle.recipes.federate import federate_in_process, run_of
+from treadle.recipes.pilot import TRIALS, Point, Trial, Tried, pilot
+
+runner = CliRunner()
+
+RUN = """
+base = "{root}/base"
+plan = "{root}/plan.json"
+out = "{root}/pilot"
+[data]
+source = "{root}/public.jsonl"
+prompt = "{{text}}"
+completion = "{{label}}"
+[grid]
+init = ["kaiming"]
+learning_rate = [0.5, 2.0]
+max_grad_norm = [1.0]
+epsilon = ["none", 2.0]
+[trials]
+rounds = 2
+clients = 2
+held_out = 20
+delta = 1e-3
+seeds = [1, 2]
+[go]
+accuracy = 0.0
+epsilon = 8.0
+[run]
+name = "signs"
+out = "{root}/signs"
+silos = ["{root}/north.toml", "{root}/south.toml"]
+records = 40
+[run.work]
+rounds = 3
+expected_batch = 4
+local_steps = 2
+max_length = 32
+[run.rules]
+clients = ["north", "south"]
+pause = 0
+"""
+
+SILO = """
+name = "{name}"
+base = "{root}/base"
+folder = "{root}/{name}"
+[data]
+source = "{root}/{name}.jsonl"
+prompt = "{{text}}"
+completion = "{{label}}"
+[privacy]
+epsilon = 4.0
+delta = 1e-3
+records = 12
+[ledger]
+path = "{root}/{name}.ledger"
+data = "{name}-signs"
+epsilon = 100.0
+"""
+
+
+def rows(count: int, begin: int) -> str:
+    lines = [{"text": f"w{begin + i % 40} film", "label": ("bad", "good")[i % 2]} for i in range(count)]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A classifier, its plan, sixty public rows, two silos with ledgers, and a pilot's TOML."""
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    config = BertConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer.save_pretrained(tmp_path / "encoder")
+    with_head(str(tmp_path / "encoder"), tmp_path / "base", labels=["bad", "good"], seed=0)
+    RankPlan.uniform(linear_shapes(load_model(str(tmp_path / "base"))), rank=2).save(tmp_path / "plan.json")
+    (tmp_path / "public.jsonl").write_text(rows(60, 40))
+    for place, name in enumerate(("north", "south")):
+        (tmp_path / f"{name}.jsonl").write_text(rows(12 + place, 50))
+        (tmp_path / f"{name}.toml").write_text(SILO.format(root=tmp_path, name=name))
+        Ledger.create(tmp_path / f"{name}.ledger")
+    return tmp_path
+
+
+def configured(root: Path, *changes: tuple[str, str]) -> PilotRun:
+    text = RUN.format(root=root)
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (root / "pilot.toml").write_text(text)
+    return load_toml(root / "pilot.toml", PilotRun)
+
+
+def test_a_pilot_ends_in_a_run_that_can_be_started(root: Path) -> None:
+    found = pilot(configured(root))
+    assert [row.epsilon for row in found.curve] == [2.0, "none"]
+    assert len(found.searched) == 2 * 2
+    assert all(len(row.tried) == 2 for row in found.curve)
+    assert found.go
+    assert found.decided.epsilon == 2.0  # the smallest that may go
+    run = load_toml(root / "pilot" / "run.toml", FederateRun)
+    assert run.work.learning_rate == found.decided.point.learning_rate
+    assert run.work.max_grad_norm == 1.0
+    assert (run.work.rounds, run.work.local_steps, run.name) == (3, 2, "signs")
+    assert run_of(run, resume=False)[0].family.fingerprint == AdapterFamily.load(run.family).fingerprint
+    assert len(federate_in_process(run).reports) == 3
+
+
+def test_what_a_pilot_reports_is_measured(root: Path) -> None:
+    found = pilot(configured(root))
+    strict = found.curve[0]
+    B = sum(row.out_features * row.rank for row in RankPlan.load(root / "plan.json").modules.values())
+    # Two tensors of float32 cross in a round, and heads of Flower's messages and arrays, some 150 bytes a module.
+    assert 2 * 4 * B < strict.round_bytes < 2 * 4 * B + 20_000
+    assert strict.step_seconds > 0
+    assert strict.memory > 50e6  # torch alone holds more
+    assert strict.noise is not None
+    assert strict.noise_of_run is not None
+    assert strict.noise_of_run > strict.noise > 0  # three rounds need more than two, at 4 of 40 rows against 4 of 20
+    assert found.curve[1].noise == 0.0
+    assert 0.0 <= strict.accuracy.low <= strict.accuracy.estimate <= strict.accuracy.high <= 1.0
+    assert strict.accuracy.high - strict.accuracy.low > 0.3  # Wilson's alone, over ten rows, is as wide
+    assert all(trial.spent is None for trial in found.searched)
+
+
+def test_no_private_row_is_read_and_nothing_is_spent(root: Path) -> None:
+    for name in ("north", "south"):
+        (root / f"{name}.jsonl").unlink()
+        (root / f"{name}.ledger").unlink()
+        (root / f"{name}.toml").unlink()
+    assert pilot(configured(root)).go
+
+
+def test_the_same_seeds_find_the_same(root: Path) -> None:
+    first = pilot(configured(root))
+    second = pilot(configured(root, (f'out = "{root}/pilot"', f'out = "{root}/again"')))
+    assert [row.accuracy for row in first.curve] == [row.accuracy for row in second.curve]
+    assert [row.point for row in first.curve] == [row.point for row in second.curve]
+
+
+def test_a_missed_threshold_is_no_go_and_leaves_no_run(root: Path) -> None:
+    found = pilot(configured(root, ("accuracy = 0.0", "accuracy = 0.99\nround_bytes = 10")))
+    assert not found.go
+    assert found.run is None
+    assert found.decided.epsilon == 2.0  # "none" would not be acceptable
+    assert {check.name for check in found.checks if not check.holds} == {"accuracy", "round_bytes"}
+    assert not (root / "pilot" / "run.toml").exists()
+
+
+def test_thresholds_stand_beforehand(root: Path) -> None:
+    pilot(configured(root))
+    with pytest.raises(MismatchError, match=r"\[go\] is not what it was when the first trial was made"):
+        pilot(configured(root, ("accuracy = 0.0", "accuracy = 0.1")))
+
+
+def test_a_pilot_that_was_cut_short_makes_only_the_rest(root: Path) -> None:
+    whole, told = pilot(configured(root)), list[str]()
+    path = root / "pilot" / TRIALS
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:-3]) + b"\n" + lines[-3][:40])  # a writer died in the last line but one
+    again = pilot(configured(root), lambda description, done, total: told.append(description))
+    assert [row.accuracy for row in again.curve] == [row.accuracy for row in whole.curve]
+    assert sum("seed" in line for line in told) == 2
+
+
+def test_a_rate_that_breaks_the_factors_is_a_failed_trial(root: Path) -> None:
+    found = pilot(configured(root, ("learning_rate = [0.5, 2.0]", "learning_rate = [0.5, 1e38]")))
+    failed = [row for row in found.searched if row.failed]
+    assert {row.trial.point.learning_rate for row in failed} == {1e38}
+    assert {row.accuracy for row in failed} == {0.0}
+    assert all(row.point.learning_rate == 0.5 for row in found.curve)
+
+
+def test_a_private_pilot_pays_for_every_trial(root: Path) -> None:
+    changes = (('epsilon = ["none", 2.0]\n', ""), ("[data]", "private = true\n[data]"))
+    found = pilot(configured(root, *changes))
+    trials = [*found.searched, *found.curve[0].tried]
+    assert [row.epsilon for row in found.curve] == [4.0]
+    spent = [trial.spent or 0.0 for trial in trials]
+    assert spent == sorted(spent)
+    assert spent[0] <= 4.0 < spent[-1] <= 16.0  # four runs of at most 4 each compose
+    statement = Ledger.open(root / "north.ledger").statements()[0]
+    assert len(statement.runs) == len(trials) == 4
+
+
+def test_a_private_pilot_stops_where_a_ledger_refuses(root: Path) -> None:
+    for name in ("north", "south"):
+        text = (root / f"{name}.toml").read_text()
+        (root / f"{name}.toml").write_text(text.replace("epsilon = 100.0", "epsilon = 4.5"))
+    changes = (('epsilon = ["none", 2.0]\n', ""), ("[data]", "private = true\n[data]"))
+    with pytest.raises(TreadleError):
+        pilot(configured(root, *changes))
+    assert Ledger.open(root / "north.ledger").spent("north-signs") <= 4.5
+
+
+def test_a_language_model_is_judged_by_what_it_would_write(
+    root: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_llama.save_pretrained(root / "causal")
+    tiny_tokenizer.save_pretrained(root / "causal")
+    RankPlan.uniform(linear_shapes(tiny_llama, ["q_proj"]), rank=2).save(root / "plan.json")
+    found = pilot(
+        configured(root, ("/base", "/causal"), ('completion = "{label}"', 'completion = " {label}"'),
+                   ("learning_rate = [0.5, 2.0]", "learning_rate = [0.5]"))
+    )  # fmt: skip
+    assert len(found.curve) == 2
+
+
+def test_the_page_and_the_command(root: Path) -> None:
+    configured(root)
+    result = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert content["go"] is True
+    assert {row["epsilon"] for row in content["curve"]} == {2.0, "none"}
+    page = (root / "pilot" / "pilot.html").read_text()
+    assert "signs: go" in page
+    assert "so that the search has cost no ε" in page
+    assert "<script" not in page
+    assert tomllib.loads((root / "pilot" / "run.toml").read_text())["name"] == "signs"
+    plain = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml")])
+    assert "go at ε 2" in plain.stdout
+
+
+def test_no_go_is_an_exit_code(root: Path) -> None:
+    configured(root, ("accuracy = 0.0", "accuracy = 1.0"))
+    result = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml")])
+    assert result.exit_code == 1
+    assert "no go" in result.stdout
+    assert "accuracy is" in result.stderr
+
+
+WRONG = {
+    "tuning seed": ("seeds = [1, 2]", "seeds = [0, 1]", "tuning_seed is one of the seeds that are reported"),
+    "no epsilon": ('epsilon = ["none", 2.0]\n', "", "grid.epsilon is missing"),
+    "nothing may go": ("epsilon = 8.0", "epsilon = 0.5", "no grid.epsilon is within go.epsilon"),
+    "negative epsilon": ('["none", 2.0]', '["none", -2.0]', "key 'grid.epsilon.1"),
+    "private with its own epsilon": ("[data]", "private = true\n[data]", "a private pilot needs run.silos, and no"),
+    "twice": ("[0.5, 2.0]", "[0.5, 0.5]", "learning_rate names a value twice"),
+    "text for nobody": ("[grid]", '[text]\nsource = "pydoc"\n[grid]', r"\[text\] is for init 'public-pca'"),
+    "no such init": ('["kaiming"]', '["pissa"]', "key 'grid.init.0'"),
+    "accuracy above 1": ("accuracy = 0.0", "accuracy = 70", "key 'go.accuracy'"),
+    "neither silos nor a server": ("silos = [", "#", "give either silos, to run them in this process, or superlink"),
+    "batch of none": ("expected_batch = 4", "expected_batch = 0", "expected_batch is 0; it must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_pilots_toml_is_said_in_one_line(root: Path, name: str) -> None:
+    old, new, said = WRONG[name]
+    with pytest.raises(ConfigError, match=said):
+        configured(root, (old, new))
+
+
+def test_too_few_rows(root: Path) -> None:
+    with pytest.raises(InputError, match=r"60 public rows are fewer than .* need \(62\)"):
+        pilot(configured(root, ("held_out = 20", "held_out = 60")))
+    with pytest.raises(ConfigError, match="expected_batch is 30; it must be from 1 to records = 20"):
+        pilot(configured(root, ("expected_batch = 4", "expected_batch = 30"), ("kaiming", "orthonormal")))
+
+
+def test_a_delta_too_large_for_the_rows(root: Path) -> None:
+    with pytest.raises(ConfigError, match="delta is 0.1; it must be below 1/records"):
+        pilot(configured(root, ("delta = 1e-3", "delta = 0.1")))
+
+
+def test_a_trial_is_what_its_line_says() -> None:
+    tried = Tried(Trial(Point("kaiming", 0.5, 1.0), "none", 3, "search"), 0.5, 10, 0.1, 20, None, "")
+    assert Tried.of_json(json.loads(json.dumps(asdict(tried))), where="trials") == tried
+    with pytest.raises(FormatError, match="trials: no trial of a pilot"):
+        Tried.of_json({"trial": {}}, where="trials")
