@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.federate import FederateRun
 from treadle.configs.toml import load_toml
+from treadle.errors import ConfigError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -82,3 +84,47 @@ def test_three_silos_make_an_adapter_of_the_family(root: Path) -> None:
     assert [report.server_round for report in made.reports] == [1, 2, 3]
     assert {row.outcome for report in made.reports for row in report.clients} == {"accepted"}
     assert stored.provenance.epsilon is None
+
+
+@pytest.mark.parametrize("name", ["ffa", "fedit", "flora", "rolora", "fedsvd"])
+def test_every_variant_makes_an_adapter_that_says_what_it_is(root: Path, name: str) -> None:
+    with (root / "run.toml").open("a") as file:
+        file.write(f'[variant]\nname = "{name}"\n')
+    made = federate_in_process(load_toml(root / "run.toml", FederateRun))
+    family, stored = AdapterFamily.load(root / "family"), Adapter.load(root / "signs")
+    assert all(B.any() for B in stored.lora_B.values())
+    moved = [m for m, A in stored.lora_A.items() if not torch.equal(A, family.lora_A[m])]
+    assert bool(moved) == (name != "ffa")
+    assert stored.family == (None if moved else family.fingerprint)
+    said = stored.provenance.settings
+    assert said["variant"] == name
+    assert said["aggregation"] == ("inexact" if name in ("fedit", "flora") else "exact")
+    missed = max(report.missed for report in made.reports)
+    assert (missed > 1e-4) == (name in ("fedit", "flora"))
+    if moved:
+        own = AdapterFamily.of_tensors(
+            base=family.base,
+            plan=family.plan,
+            lora_A=stored.lora_A,
+            init=name,
+            seed=family.seed,
+            origin={"family": family.fingerprint},
+        )
+        assert said["family_of_its_A"] == own.fingerprint
+
+
+def test_privacy_of_clients_is_warned_of_among_three_and_recorded(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (root / "run.toml").open("a") as file:
+        file.write("[client_privacy]\nepsilon = 4.0\ndelta = 1e-2\nmax_update_norm = 0.1\n")
+    federate_in_process(load_toml(root / "run.toml", FederateRun))
+    said = Adapter.load(root / "signs").provenance
+    assert 0 < float(said.settings["client_epsilon"] or 0) <= 4.0
+    assert (said.settings["client_delta"], said.epsilon) == (1e-2, None)  # rows are promised nothing by it
+    assert "client-level privacy is meaningless here: with 3 clients a round" in caplog.text
+
+
+def test_local_is_no_federation(root: Path) -> None:
+    with (root / "run.toml").open("a") as file:
+        file.write('[variant]\nname = "local"\n')
+    with pytest.raises(ConfigError, match="variant local joins nothing; run `treadle train` in every silo"):
+        load_toml(root / "run.toml", FederateRun)
