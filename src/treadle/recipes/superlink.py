@@ -6,13 +6,15 @@ silo      `serve_silo` starts the SuperNode and answers its messages
 All of it goes over TLS, and a SuperNode without a registered key is refused. Nothing calls home.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,13 +77,24 @@ class Command:
     environment: Mapping[str, str]
 
     def run(self) -> int:
-        """The exit code, once the process ends; Ctrl-C ends it."""
+        """The exit code, once the process ends; Ctrl-C or a polite kill of this process ends it."""
+        with self.running() as process:
+            return process.wait()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+        """A block while the process runs; it is ended with the block, and with this process."""
+
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
         with subprocess.Popen(self.arguments, env=dict(self.environment)) as process:
             try:
-                return process.wait()
-            except KeyboardInterrupt:
+                yield process
+            finally:
+                signal.signal(signal.SIGTERM, before)
                 process.terminate()
-                raise
 
 
 def superlink_command(config: FederateRun) -> Command:
@@ -208,12 +221,8 @@ def serve_silo(config: SiloRun, path: Path) -> int:
     def app() -> ClientApp:
         return client_app(lambda context: silo_client(config))
 
-    with subprocess.Popen(command.arguments, env=dict(command.environment)) as process:
-        try:
-            return answer_messages(pipe, app, process.poll)
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
+    with command.running() as process:
+        return answer_messages(pipe, app, process.poll)
 
 
 def supernode_command(config: SiloRun, path: Path) -> Command:
