@@ -368,3 +368,25 @@ class RoutingMemoryRun(RunConfig):
     requests: int = Field(ge=1)
     memory: int = Field(ge=1)
     seed: int = 0
+
+
+class DpStepCostRun(RunConfig):
+    """`dp-step-cost`.
+
+    Attributes:
+        bases: base models; an encoder is given a head of two classes.
+        quick_base: the one that --quick measures.
+        rank: of B at every linear layer of the trunk.
+        batch: rows of a step, all in one forward pass.
+        tokens: of a row.
+        rounds: medians are over them.
+        seed: of A, of the rows and of the head.
+    """
+
+    bases: tuple[str, ...] = Field(min_length=1)
+    quick_base: str
+    rank: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+    rounds: int = Field(ge=1)
+    seed: int = 0
