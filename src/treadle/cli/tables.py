@@ -146,7 +146,7 @@ def _show_choice(result: RouteResult, choice: Choice) -> None:
         return
     last = next((token.running for token in reversed(result.tokens) if token.counted), {})
     ranked = sorted(last.items(), key=lambda item: -item[1])
-    print_table("mean score over the prompt", ("adapter", "score"), ranked)
+    print_table("score over the prompt", ("adapter", "score"), ranked)
     behind = f", {choice.margin:.3f} ahead of {choice.runner_up}" if choice.runner_up else ""
     rare = "" if choice.chance is None else f"; {choice.chance:.1%} of public text looks as much like the bank's"
     say(f"chosen: {choice.winner}{behind}{rare}")

@@ -78,9 +78,9 @@ class TokenRow:
     Attributes:
         text: as it reads.
         counted: whether it enters the prompt's score (special tokens do not).
-        winner: who won most layers (`token`), or has the best mean score here (`sequence`); None is the base.
+        winner: who won most layers (`token`), or has the best score here (`sequence`); None is the base.
         shares: for `token`, the share of layers that each adapter won; None is the base.
-        scores: for `sequence`, each adapter's mean score over the layers.
+        scores: for `sequence`, each adapter's score over the layers.
         running: for `sequence`, each adapter's mean score over the tokens so far.
     """
 

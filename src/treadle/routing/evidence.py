@@ -1,4 +1,4 @@
-"""Why a prompt was routed as it was: every token's and every layer's part in the mean score."""
+"""Why a prompt was routed as it was: every token's and every layer's part in the score."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ class Evidence:
 
     Attributes:
         names: the permitted adapters, in the bank's order.
-        tokens: mean score over the layers that choose at each token; NaN where an adapter is eligible nowhere.
+        tokens: score over the layers that choose at each token, as `RoutedModel.choose` adds layers up; NaN where an
+            adapter is eligible nowhere.
         running: mean of that over the counted tokens so far; its last row decides for `sequence`.
         layers: module → mean score over the counted tokens, NaN where an adapter is not eligible.
         counted: which tokens count: not the special ones.
@@ -52,13 +53,20 @@ def prompt_evidence(
         raise InputError("no adapter is permitted, so there is no evidence", remedy="permit at least one")
     tallies = _read(model, input_ids, keep)
     weight = counted(input_ids, None, bank.ignored_tokens)[0].cpu()
-    sums = torch.stack([tally.sums for tally in tallies.values()]).sum(0)
-    counts = torch.stack([tally.counts for tally in tallies.values()]).sum(0)
     weighted = weight[:, None].double()
+    if model.prompts is None:
+        sums = torch.stack([tally.sums for tally in tallies.values()]).sum(0)
+        counts = torch.stack([tally.counts for tally in tallies.values()]).sum(0)
+        tokens, running = sums / counts, (sums * weighted).cumsum(0) / (counts * weighted).cumsum(0)
+    else:
+        weights = {module: model.prompts.weight[module].nan_to_num()[keep] for module in tallies}
+        parts = [tally.sums * weights[module] for module, tally in tallies.items()]
+        tokens = torch.stack(parts).sum(0) - model.prompts.centre[keep]
+        running = (tokens * weighted).cumsum(0) / weighted.cumsum(0)
     return Evidence(
         tuple(name for name, kept in zip(bank.names, keep.tolist(), strict=True) if kept),
-        sums / counts,
-        (sums * weighted).cumsum(0) / (counts * weighted).cumsum(0),
+        tokens,
+        running,
         {
             module: (tally.sums * weighted).sum(0) / (tally.counts * weighted).sum(0)
             for module, tally in tallies.items()

@@ -1,4 +1,8 @@
-"""The mean score of a prompt over its tokens and layers: what `sequence` chooses by."""
+"""The score of a prompt over its tokens and layers: what `sequence` chooses by.
+
+Without public prompts it is the mean over the layers of their mean over tokens. With them it is the weighted sum of
+`calibration.prompts`, in deviations of what public prompts score, which chooses better and can be compared with them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,12 +27,11 @@ class PromptTotals:
     Attributes:
         counted: (rows, tokens), which tokens count.
         permitted: (rows, adapters), None for all; the sums of the others are of no use.
-        value: of the scores.
-        lower: of their lower bounds.
-        upper: of their upper bounds.
-        known: weighted sums that tell whether a prompt looks like the bank's; 0 without `prompts`.
+        value: of the scores, weighted where there are weights.
+        lower: of their lower bounds, likewise.
+        upper: of their upper bounds, likewise.
         counts: how many scores each sum has.
-        prompts: how the layers add up to what is known; None where nobody asks.
+        prompts: how the layers add up; None to take the mean.
     """
 
     counted: Bool[Tensor, "rows tokens"]
@@ -36,7 +39,6 @@ class PromptTotals:
     value: Float[Tensor, "rows adapters"]
     lower: Float[Tensor, "rows adapters"]
     upper: Float[Tensor, "rows adapters"]
-    known: Float[Tensor, "rows adapters"]
     counts: Float[Tensor, "rows adapters"]
     prompts: PromptStatistics | None
 
@@ -49,7 +51,7 @@ class PromptTotals:
     ) -> "PromptTotals":
         """Totals of nothing."""
         zero = torch.zeros(counted.shape[0], adapters, dtype=torch.float64, device=counted.device)
-        return PromptTotals(counted, permitted, zero, zero, zero, zero, zero, prompts)
+        return PromptTotals(counted, permitted, zero, zero, zero, zero, prompts)
 
     def add(self, layer: RoutedLayer, x: Tensor, settle: Tensor | None) -> None:
         """Add one layer's scores of its input x.
@@ -78,44 +80,33 @@ class PromptTotals:
             sums = list(_bounds(layer, layer.table, flat, mask))
         home = self.counts.device
         sums, there = [torch.where(layer.eligible, part, 0.0).to(home) for part in sums], there.to(home)
-        module = layer.factors.module
-        if self.prompts is not None and module in self.prompts.weight:
-            weight = self.prompts.weight[module].to(home).nan_to_num()
-            self.known = self.known + sums[0] / there.clamp_min(1) * weight
+        if self.prompts is not None:
+            weight = self.prompts.weight[layer.factors.module].to(home).nan_to_num() / there.clamp_min(1)
+            value, low, high = (weight * part for part in sums)  # a weight below 0 turns bounds around
+            sums = [value, torch.minimum(low, high), torch.maximum(low, high)]
         self.value, self.lower, self.upper = self.value + sums[0], self.lower + sums[1], self.upper + sums[2]
         self.counts = self.counts + there
 
-    @property
-    def _allowed(self) -> Bool[Tensor, "rows adapters"]:
-        return self.counts > 0 if self.permitted is None else (self.counts > 0) & self.permitted
-
-    def known_scores(self) -> Float[Tensor, "rows adapters"] | None:
-        """How much the prompts look like each adapter's, in deviations of public prompts, -inf where nothing is known.
-
-        None where nobody asks.
-        """
-        if self.prompts is None:
-            return None
-        centre = self.prompts.centre.to(self.known.device)
-        return torch.where(self._allowed & ~centre.isnan(), self.known - centre, -torch.inf)
-
-    def means(self) -> Scores:
-        """Mean scores and their bounds, -inf for an adapter that is forbidden, or eligible nowhere."""
-        allowed = self._allowed
-        number = self.counts.clamp_min(1.0)
+    def scores(self) -> Scores:
+        """The prompts' scores and their bounds, -inf for an adapter that is forbidden, or eligible nowhere."""
+        allowed = self.counts > 0 if self.permitted is None else (self.counts > 0) & self.permitted
+        number, centre = self.counts.clamp_min(1.0), torch.zeros_like(self.counts[0])
+        if self.prompts is not None:
+            number, centre = torch.ones_like(number), self.prompts.centre.to(number.device)
+            allowed = allowed & ~centre.isnan()
         value, lower, upper = (
-            torch.where(allowed, part / number, -torch.inf) for part in (self.value, self.lower, self.upper)
+            torch.where(allowed, part / number - centre, -torch.inf) for part in (self.value, self.lower, self.upper)
         )
         return Scores(value, lower, upper)
 
 
-def prompt_means(
+def prompt_scores(
     read: Callable[[Callable[[RoutedLayer, Tensor], None]], None],
     empty: PromptTotals,
     *,
     exact: bool,
-) -> tuple[Float[Tensor, "rows adapters"], Bool[Tensor, " rows"], Float[Tensor, "rows adapters"] | None]:
-    """The mean scores of each row, whether float64 settled them, and `PromptTotals.known_scores`.
+) -> tuple[Float[Tensor, "rows adapters"], Bool[Tensor, " rows"]]:
+    """The scores of each row, and whether float64 settled them.
 
     Args:
         read: lets the base read the prompts, and tells of every layer's input.
@@ -128,14 +119,13 @@ def prompt_means(
         read(lambda layer, x: found.add(layer, x, settle))
         return found
 
-    first = totals(None)
-    scores, known = first.means(), first.known_scores()
+    scores = totals(None).scores()
     rivals = contenders(scores)
     disputed = (rivals.sum(1) > 1) & exact
     if not bool(disputed.any()):
-        return scores.value, disputed, known
+        return scores.value, disputed
     rivals &= disputed[:, None]
-    return torch.where(rivals, totals(rivals).means().value, scores.value), disputed, known
+    return torch.where(rivals, totals(rivals).scores().value, scores.value), disputed
 
 
 def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

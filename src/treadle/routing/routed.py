@@ -26,7 +26,7 @@ from treadle.routing.latents import Latents
 from treadle.routing.layer import Choice, Composition, RoutedLayer
 from treadle.routing.mixture import mixture
 from treadle.routing.passes import Acting, Current, Enough, Note, Reading, told
-from treadle.routing.prompt import PromptTotals, prompt_means
+from treadle.routing.prompt import PromptTotals, prompt_scores
 from treadle.routing.prompt_batch import PromptBatch
 from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
 from treadle.routing.running import EvidencePass, RunningSums, counted_tokens, sums_of
@@ -54,8 +54,8 @@ class RoutedModel(nn.Module):
         granularity: "token": the article's choice a token and layer. "layer": the first adapted layer of a block
             chooses for the block. "evidence": the mean score over the tokens and layers so far chooses, in one causal
             pass whose sums travel with the KV cache; decoders only. "sequence": the first half of the base's blocks
-            reads the prompt once, the mean score over its tokens and their layers chooses one adapter, which then
-            acts everywhere. The scorer "mean" chooses nothing, so it is always "token".
+            reads the prompt once, the score over its tokens and their layers chooses one adapter, which then acts
+            everywhere. The scorer "mean" chooses nothing, so it is always "token".
         top_k: how many of the best permitted adapters act, 0 for all; None for what the scorer's article does.
         temperature: of the softmax over their scores, above 0.
         abstain: the base acts alone on a prompt that looks like the bank's with a higher chance than this among public
@@ -114,7 +114,9 @@ class RoutedModel(nn.Module):
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
         self._of_prompt = prompt_modules(model, targets)
         self.choosing = prompt_layers(model, bank.layers)
-        self._prompts = bank.statistics.prompts if bank.statistics and self.scorer.abstains and abstain < 1.0 else None
+        self.prompts = bank.statistics.prompts if bank.statistics and self.scorer.weighs_layers else None
+        if self.prompts is not None and self.prompts.weight.keys() != self.choosing:
+            raise InputError("the bank's public prompts are of other layers", remedy="run `treadle bank calibrate`")
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
         self._watches = (
             model.register_forward_pre_hook(self._watched, with_kwargs=True),
@@ -165,9 +167,10 @@ class RoutedModel(nn.Module):
     def choose(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, permitted: Permitted | None = None
     ) -> Decision:
-        """One adapter a row, from the mean score over the prompt's tokens and the leading blocks' layers.
+        """One adapter a row, from its score over the prompt's tokens and the leading blocks' layers.
 
-        The base alone reads it. Padding does not count, nor do the special tokens that the bank's calibration left out; an adapter's mean is
+        The base alone reads it. Padding does not count, nor do the special tokens that the bank's calibration left out.
+        A bank calibrated by `public` weighs the layers (`calibration.prompts`); else an adapter's score is the mean
         over the layers where it is eligible. Of an encoder–decoder, the encoder reads the prompt.
 
         Args:
@@ -187,14 +190,14 @@ class RoutedModel(nn.Module):
 
     def _choose(self, input_ids: Tensor, attention_mask: Tensor | None, permitted: Tensor | None) -> Decision:
         attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        scored = self._prompt_scores if self.scorer.prompt is not None else self._mean_scores
-        value, disputed, known = scored(input_ids, attention, permitted)
+        scored = self._asked_scores if self.scorer.prompt is not None else self._read_scores
+        value, disputed = scored(input_ids, attention, permitted)
         decision = ranked(value, disputed)
         if self.composition.mixes:
             together = mixture(value, self.composition.top_k, self.composition.temperature)
             decision = replace(decision, together=together)
-        if self._prompts is not None and known is not None:
-            decision = abstained(decision, chances(known, self._prompts.public, permitted), self.abstain)
+        if self.prompts is not None and self.abstain < 1.0:
+            decision = abstained(decision, chances(value, self.prompts.public, permitted), self.abstain)
         if self._trace is not None:
             self._trace.choose(decision)
         return decision
@@ -202,22 +205,18 @@ class RoutedModel(nn.Module):
     def _counted(self, input_ids: Tensor, attention: Tensor) -> Tensor:
         return counted(input_ids, attention, self.bank.ignored_tokens)
 
-    def _mean_scores(
-        self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `prompt_means`."""
+    def _read_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `prompt_scores`."""
         mask = self._counted(input_ids, attention)
-        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self._prompts)
-        return prompt_means(
+        empty = PromptTotals.empty(mask, permitted, len(self.bank.names), self.prompts)
+        return prompt_scores(
             lambda note: self.read(input_ids, attention, note, modules=self.choosing),
             empty,
             exact=self.scorer.form is not None,
         )
 
-    def _prompt_scores(
-        self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None
-    ) -> tuple[Tensor, Tensor, None]:
-        """The scores of a scorer of prompts, none of them settled; no public prompt is known of those."""
+    def _asked_scores(self, input_ids: Tensor, attention: Tensor, permitted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scores of a scorer of prompts, none of them settled."""
         rows, adapters = input_ids.shape[0], len(self.bank.names)
 
         def logits(place: int, some: Tensor) -> Tensor:
@@ -242,7 +241,7 @@ class RoutedModel(nn.Module):
         )
         with torch.no_grad():
             value = self.scorer.prompt_scores(batch)
-        return value, torch.zeros(rows, dtype=torch.bool, device=value.device), None
+        return value, torch.zeros(rows, dtype=torch.bool, device=value.device)
 
     def chosen(self, names: Sequence[str | None]) -> Decision:
         """These adapters, one a row, as a decision for `forward` and `generate`, whose permitted sets still narrow it.

@@ -47,7 +47,7 @@ class Scorer:
         eligible: who may be chosen at a layer, of the others.
         top_k: how many of the best act unless the caller says so; 1 is the argmax, 0 all.
         calibrated: whether it needs the bank's statistics.
-        abstains: whether `sequence` asks how common a score is among public prompts, where the bank knows.
+        weighs_layers: whether `sequence` scores a prompt in deviations of public prompts, where the bank has some.
         blends: whether A and B of those who act are mixed, rather than their outputs.
     """
 
@@ -59,7 +59,7 @@ class Scorer:
     eligible: Callable[[LayerFactors], Tensor] = _present
     top_k: int = 1
     calibrated: bool = False
-    abstains: bool = False
+    weighs_layers: bool = False
     blends: bool = False
 
     def scores(
@@ -86,7 +86,7 @@ class Scorer:
 SCORERS: Mapping[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
-        Scorer("seqr", seqr.form, calibrated=True, abstains=True),
+        Scorer("seqr", seqr.form, calibrated=True, weighs_layers=True),
         Scorer("seqr-qr", plain=seqr_qr.scores, prepare=seqr_qr.prepare, eligible=seqr_qr.eligible, calibrated=True),
         Scorer("norm", norm.form),
         Scorer("ratio", ratio.form, calibrated=True),
