@@ -35,7 +35,7 @@ demo: $(STAMP)
 
 # Fetching is the last step that may use a network.
 test: models
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov $(TESTS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov $(TESTS)
 
 fmt: $(STAMP)
 	$(BIN)/ruff format src tests
