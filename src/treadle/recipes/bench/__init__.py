@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar
 
 from treadle import files
+from treadle.configs.audit import PrivacyAuditRun
 from treadle.configs.bench import (
     DemoQualityRun,
     RoutingAttackRun,
@@ -28,6 +29,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
     demo_quality,
     federated_quality,
+    privacy_audit,
     routing_attack,
     routing_calibration,
     routing_composition,
@@ -102,6 +104,18 @@ def _federated_quality(config: FederatedQualityRun, session: Session) -> Benchma
 
 def _federated_quality_shown(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
     return federated_quality.summary(config, _recorded(session.runs))
+
+
+def _privacy_audit(config: PrivacyAuditRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return privacy_audit.quick_privacy_audit(config, work=session.work, progress=session.progress)
+    return privacy_audit.privacy_audit(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
+def _privacy_audit_shown(config: PrivacyAuditRun, session: Session) -> BenchmarkResult:
+    return privacy_audit.summary(config, _recorded(session.runs))
 
 
 def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
@@ -186,6 +200,7 @@ def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> Bench
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
     "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, _federated_quality_shown),
+    "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, _privacy_audit_shown),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
     "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, _routing_calibration_shown),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, _routing_composition_shown),

@@ -263,7 +263,7 @@ def _metrics(found: Mapping[tuple[Arm, str], float]) -> dict[str, Metric]:
             name = f"empirical_epsilon_at_{arm.claim}"
             goal = {"at_least": 2.0} if math.isinf(arm.epsilon) else {"at_most": arm.epsilon}
             metrics[name] = Metric.against(bound, "epsilon", **goal)
-        elif attack == AGAINST_BASE and math.isinf(arm.epsilon):
+        elif attack == LOSS and math.isinf(arm.epsilon):
             metrics["empirical_epsilon_at_inf_by_loss"] = Metric(bound, "epsilon")
     if caught:
         metrics["planted_bug_caught"] = Metric.against(sum(caught) / len(caught), "1", at_least=1.0)
