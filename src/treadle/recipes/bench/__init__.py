@@ -11,6 +11,7 @@ from treadle import files
 from treadle.configs.audit import PrivacyAuditRun
 from treadle.configs.bench import (
     DemoQualityRun,
+    DpStepCostRun,
     RoutingAttackRun,
     RoutingCalibrationRun,
     RoutingCompositionRun,
@@ -22,12 +23,16 @@ from treadle.configs.bench import (
     RoutingModelCostRun,
     RoutingQualityRun,
 )
+from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
     demo_quality,
+    dp_step_cost,
+    federated_bytes,
+    federated_faults,
     federated_quality,
     privacy_audit,
     routing_attack,
@@ -118,6 +123,18 @@ def _privacy_audit_shown(config: PrivacyAuditRun, session: Session) -> Benchmark
     return privacy_audit.summary(config, _recorded(session.runs))
 
 
+def _federated_bytes(config: FederatedBytesRun, session: Session) -> BenchmarkResult:
+    return federated_bytes.federated_bytes(config, work=session.work, quick=session.quick, progress=session.progress)
+
+
+def _federated_faults(config: FederatedFaultsRun, session: Session) -> BenchmarkResult:
+    return federated_faults.federated_faults(config, work=session.work, progress=session.progress)
+
+
+def _dp_step_cost(config: DpStepCostRun, session: Session) -> BenchmarkResult:
+    return dp_step_cost.dp_step_cost(config, work=session.work, quick=session.quick, progress=session.progress)
+
+
 def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return routing_composition.quick_routing_composition(config, work=session.work, progress=session.progress)
@@ -199,8 +216,11 @@ def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> Bench
 
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
+    "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
     "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, _federated_quality_shown),
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, _privacy_audit_shown),
+    "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
+    "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
     "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, _routing_calibration_shown),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, _routing_composition_shown),

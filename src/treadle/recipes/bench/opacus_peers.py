@@ -60,7 +60,10 @@ def opacus_hooks(model: PreTrainedModel, modules: Sequence[str], rank: int, step
 def opacus_ghost(model: PreTrainedModel, modules: Sequence[str], rank: int, step: Step) -> Callable[[], None]:
     """A step by Opacus' ghost clipping: norms in a first backward pass, the clipped sum in a second."""
     wrapped = GradSampleModuleFastGradientClipping(
-        _adapted(model, modules, rank), loss_reduction="sum", strict=False, max_grad_norm=step.max_grad_norm
+        _adapted(model, modules, rank),
+        loss_reduction="sum",
+        strict=False,
+        max_grad_norm=step.max_grad_norm,  # pyright: ignore[reportArgumentType]  it takes its default, 1, for its type
     )
     optimizer = DPOptimizerFastGradientClipping(
         _sgd(model, step.learning_rate),
