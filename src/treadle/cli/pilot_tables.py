@@ -4,7 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from treadle.cli.console import print_json, print_table, remark, say
-from treadle.recipes.pilot import PilotResult
+from treadle.recipes.pilot_result import PilotResult
+from treadle.recipes.probe import Probed
 from treadle.reports.pages import write_page
 from treadle.reports.pilots import pilot_page, shown
 
@@ -64,3 +65,40 @@ def _content(found: PilotResult, page: Path) -> dict[str, object]:
         ],
         "searched": [asdict(trial) for trial in found.searched],
     }
+
+
+_WAYS = {"superlink": "to the SuperLink", "local": "of serialising and hashing on this machine; no SuperLink is named"}
+
+
+def show_probe(found: Probed, *, json: bool) -> None:
+    """Print what a probe measured and proposes."""
+    if json:
+        print_json(asdict(found))
+        return
+    print_table(
+        f"private steps on {found.device}, rows of {found.tokens} tokens",
+        ("rank", "micro-batch", "seconds a row", "bytes held"),
+        [(row.rank, row.micro_batch, row.row_seconds, row.peak) for row in found.measured],
+    )
+    say(f"bandwidth: {found.transfer.bytes_per_second / 1e6:.1f} MB/s {_WAYS[found.transfer.way]}")
+    say(f"a step of {found.expected_batch} rows: {found.step_seconds:.3g} s, {found.noise_seconds:.3g} s of it noise")
+    wanted = found.proposal
+    print_table(
+        "proposed",
+        ("rank", "micro-batch", "local steps", "deadline (s)", "expected (s)", "bytes up and down"),
+        [
+            (
+                wanted.rank,
+                wanted.micro_batch,
+                wanted.local_steps,
+                wanted.deadline,
+                found.round_seconds,
+                found.round_bytes,
+            )
+        ],
+    )
+    if wanted.rank_is_given:
+        say("the rank is the family's")
+    if found.asked is not None:
+        fits = "within its time-out" if found.asked_fits else "which is beyond its time-out"
+        say(f"the run's own local steps: {found.asked:.3g} s a round, {fits}")

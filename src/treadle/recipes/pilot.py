@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 from transformers import PreTrainedModel
 
@@ -24,7 +23,7 @@ from treadle.configs.federate import FederateRun, SiloRun
 from treadle.configs.pilot import Epsilon, Init, PilotRun, acceptable
 from treadle.configs.toml import load_toml, toml_text
 from treadle.data.prompts import Example
-from treadle.errors import FormatError, InputError, MismatchError, UnavailableError
+from treadle.errors import InputError, MismatchError, UnavailableError
 from treadle.evaluation.intervals import Interval, mean_interval, wilson_interval
 from treadle.family.family import AdapterFamily
 from treadle.models.loading import choose_device, load_model, load_tokenizer
@@ -34,6 +33,7 @@ from treadle.recipes.family import new_family
 from treadle.recipes.federate import federate_in_process, state_folder
 from treadle.recipes.federated_trial import accuracy_of, split
 from treadle.recipes.footprint import forget_peak, peak_bytes
+from treadle.recipes.pilot_result import AtEpsilon, Check, PilotResult, Point, Trial, Tried
 from treadle.recipes.silo import number_of
 from treadle.recipes.simulated_silos import SimulatedSilos
 from treadle.recipes.train import examples_of
@@ -46,140 +46,6 @@ from treadle.train.rows import Row, encoded, shuffled
 from treadle.train.settings import PrivateSettings
 
 PILOT, TRIALS, RUN = "pilot.json", "trials.jsonl", "run.toml"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One place of the grid."""
-
-    init: Init
-    learning_rate: float
-    max_grad_norm: float
-
-    def __str__(self) -> str:
-        return f"{self.init}, learning rate {self.learning_rate:g}, clip {self.max_grad_norm:g}"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One training to be done: a point at an ε ("silos'" in a private pilot), to choose ("search") or to "report"."""
-
-    point: Point
-    epsilon: Epsilon
-    seed: int
-    stage: str
-
-
-@dataclass(frozen=True)
-class Tried:
-    """What a trial has shown.
-
-    Attributes:
-        trial: which.
-        accuracy: on the half of the held-out rows that belongs to its stage; 0 where it failed.
-        round_bytes: up and down in a round, of the client with the most.
-        step_seconds: of one private step of one client.
-        memory: most bytes held, by the process in which all simulated clients take turns.
-        spent: ε that the silos' data have spent in all by then; None on public rows.
-        failed: why it did not end; "" if it did.
-    """
-
-    trial: Trial
-    accuracy: float
-    round_bytes: int = 0
-    step_seconds: float = 0.0
-    memory: int = 0
-    spent: float | None = None
-    failed: str = ""
-
-    @staticmethod
-    def of_json(content: Mapping[str, object], *, where: object) -> "Tried":
-        """The trial in a JSON object of `asdict`.
-
-        Raises:
-            FormatError: it is none.
-        """
-        row = json.loads(json.dumps(content))
-        try:
-            trial = row.pop("trial")
-            point = Point(**trial.pop("point"))
-            return Tried(Trial(point, **trial), **row)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"no trial of a pilot ({error})", where=where, remedy="delete the file") from error
-
-
-@dataclass(frozen=True)
-class AtEpsilon:
-    """What the pilot found for one ε.
-
-    Attributes:
-        epsilon: of every silo.
-        point: the best of the grid.
-        accuracy: over the seeds, with the wider of two 95% intervals at either end: Student's over seeds, and Wilson's
-            over the rows that judge.
-        tried: the reported trials.
-        noise: noise multiplier of the trials; None in a private pilot, where each silo has its own.
-        noise_of_run: likewise of the whole run, where its `records` are stated.
-    """
-
-    epsilon: Epsilon
-    point: Point
-    accuracy: Interval
-    tried: tuple[Tried, ...]
-    noise: float | None
-    noise_of_run: float | None
-
-    @property
-    def round_bytes(self) -> int:
-        """The most of the trials."""
-        return max(row.round_bytes for row in self.tried)
-
-    @property
-    def step_seconds(self) -> float:
-        """The mean over the trials."""
-        return fmean(row.step_seconds for row in self.tried)
-
-    @property
-    def memory(self) -> int:
-        """The most of the trials."""
-        return max(row.memory for row in self.tried)
-
-
-@dataclass(frozen=True)
-class Check:
-    """A threshold beside what was found."""
-
-    name: str
-    found: float
-    wanted: float
-    holds: bool
-
-
-@dataclass(frozen=True)
-class PilotResult:
-    """What a pilot found.
-
-    Attributes:
-        config: what was tried.
-        searched: the trials that chose.
-        curve: a row an ε, the strongest privacy first.
-        decided: the row that the decision is about: the smallest ε that may go, else the acceptable one with the best
-            accuracy.
-        checks: of that row.
-        run: the whole run's TOML; None on "no go".
-    """
-
-    config: PilotRun
-    searched: tuple[Tried, ...]
-    curve: tuple[AtEpsilon, ...]
-    decided: AtEpsilon
-    checks: tuple[Check, ...]
-    run: Path | None
-
-    @property
-    def go(self) -> bool:
-        """Whether every threshold holds."""
-        return all(check.holds for check in self.checks)
 
 
 def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
@@ -440,12 +306,12 @@ def _checks(config: PilotRun, row: AtEpsilon) -> tuple[Check, ...]:
     go = config.go
     upper: list[tuple[str, float, float | None]] = [
         ("epsilon", number_of(row.epsilon), number_of(go.epsilon)),
-        ("round_bytes", row.round_bytes, go.round_bytes),
+        ("round_bytes", float(row.round_bytes), go.round_bytes),
         ("step_seconds", row.step_seconds, go.step_seconds),
-        ("memory_bytes", row.memory, go.memory_bytes),
+        ("memory_bytes", float(row.memory), go.memory_bytes),
     ]
     accuracy = Check("accuracy", row.accuracy.low, go.accuracy, row.accuracy.low >= go.accuracy)
-    rest = [Check(name, found, wanted, found <= wanted) for name, found, wanted in upper if wanted is not None]
+    rest = [Check(name, found, float(wanted), found <= wanted) for name, found, wanted in upper if wanted is not None]
     return (accuracy, *rest)
 
 

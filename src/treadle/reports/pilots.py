@@ -3,7 +3,7 @@
 from markupsafe import Markup
 
 from treadle.configs.pilot import Epsilon
-from treadle.recipes.pilot import AtEpsilon, Check, PilotResult, Tried
+from treadle.recipes.pilot_result import AtEpsilon, Check, PilotResult, Tried
 from treadle.reports.charts import Cell, Dot, dot_chart, heat_map
 from treadle.reports.pages import rendered
 

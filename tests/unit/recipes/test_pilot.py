@@ -12,16 +12,18 @@ from typer.testing import CliRunner
 from treadle.cli.app import app
 from treadle.configs.federate import FederateRun
 from treadle.configs.pilot import PilotRun
-from treadle.configs.toml import load_toml
+from treadle.configs.toml import checked, load_toml, toml_text
 from treadle.errors import ConfigError, FormatError, InputError, MismatchError, TreadleError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.heads import with_head
 from treadle.models.loading import load_model
+from treadle.privacy.accounting import calibrated_noise_multiplier
 from treadle.privacy.ledger import Ledger
 from treadle.recipes.federate import federate_in_process, run_of
-from treadle.recipes.pilot import TRIALS, Point, Trial, Tried, pilot
+from treadle.recipes.pilot import TRIALS, pilot
+from treadle.recipes.pilot_result import PilotResult, Point, Trial, Tried
 
 runner = CliRunner()
 
@@ -86,24 +88,43 @@ def rows(count: int, begin: int) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-@pytest.fixture
-def root(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Path:
+def world(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A classifier, its plan, sixty public rows, two silos with ledgers, and a pilot's TOML."""
-    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
     config = BertConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=64,
     )  # fmt: skip
-    BertModel(config).save_pretrained(tmp_path / "encoder")
-    tiny_tokenizer.save_pretrained(tmp_path / "encoder")
-    with_head(str(tmp_path / "encoder"), tmp_path / "base", labels=["bad", "good"], seed=0)
-    RankPlan.uniform(linear_shapes(load_model(str(tmp_path / "base"))), rank=2).save(tmp_path / "plan.json")
-    (tmp_path / "public.jsonl").write_text(rows(60, 40))
+    BertModel(config).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    with_head(str(folder / "encoder"), folder / "base", labels=["bad", "good"], seed=0)
+    kinds = ["query", "value"]
+    RankPlan.uniform(linear_shapes(load_model(str(folder / "base")), kinds), rank=2).save(folder / "plan.json")
+    (folder / "public.jsonl").write_text(rows(60, 40))
     for place, name in enumerate(("north", "south")):
-        (tmp_path / f"{name}.jsonl").write_text(rows(12 + place, 50))
-        (tmp_path / f"{name}.toml").write_text(SILO.format(root=tmp_path, name=name))
-        Ledger.create(tmp_path / f"{name}.ledger")
-    return tmp_path
+        (folder / f"{name}.jsonl").write_text(rows(12 + place, 50))
+        (folder / f"{name}.toml").write_text(SILO.format(root=folder, name=name))
+        Ledger.create(folder / f"{name}.ledger")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> tuple[Path, PilotResult]:
+    """Such a folder, and what the pilot found in it; tests leave the pilot's folder as it is."""
+    root = world(tmp_path_factory.mktemp("pilot"), tiny_tokenizer)
+    return root, pilot(configured(root))
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Such a folder for a test of its own."""
+    return world(tmp_path, tiny_tokenizer)
+
+
+SMALL = (
+    ("learning_rate = [0.5, 2.0]", "learning_rate = [0.5]"),
+    ('epsilon = ["none", 2.0]', "epsilon = [2.0]"),
+)
+"""One point at one ε."""
 
 
 def configured(root: Path, *changes: tuple[str, str]) -> PilotRun:
@@ -115,8 +136,8 @@ def configured(root: Path, *changes: tuple[str, str]) -> PilotRun:
     return load_toml(root / "pilot.toml", PilotRun)
 
 
-def test_a_pilot_ends_in_a_run_that_can_be_started(root: Path) -> None:
-    found = pilot(configured(root))
+def test_a_pilot_ends_in_a_run_that_can_be_started(made: tuple[Path, PilotResult]) -> None:
+    root, found = made
     assert [row.epsilon for row in found.curve] == [2.0, "none"]
     assert len(found.searched) == 2 * 2
     assert all(len(row.tried) == 2 for row in found.curve)
@@ -130,17 +151,17 @@ def test_a_pilot_ends_in_a_run_that_can_be_started(root: Path) -> None:
     assert len(federate_in_process(run).reports) == 3
 
 
-def test_what_a_pilot_reports_is_measured(root: Path) -> None:
-    found = pilot(configured(root))
+def test_what_a_pilot_reports_is_measured(made: tuple[Path, PilotResult]) -> None:
+    root, found = made
     strict = found.curve[0]
     B = sum(row.out_features * row.rank for row in RankPlan.load(root / "plan.json").modules.values())
     # Two tensors of float32 cross in a round, and heads of Flower's messages and arrays, some 150 bytes a module.
     assert 2 * 4 * B < strict.round_bytes < 2 * 4 * B + 20_000
     assert strict.step_seconds > 0
     assert strict.memory > 50e6  # torch alone holds more
-    assert strict.noise is not None
-    assert strict.noise_of_run is not None
-    assert strict.noise_of_run > strict.noise > 0  # three rounds need more than two, at 4 of 40 rows against 4 of 20
+    for noise, rate, steps in ((strict.noise, 4 / 20, 2 * 2), (strict.noise_of_run, 4 / 40, 3 * 2)):
+        wanted = calibrated_noise_multiplier(epsilon=2.0, delta=1e-3, sample_rate=rate, steps=steps)
+        assert noise == pytest.approx(wanted, rel=1e-6)
     assert found.curve[1].noise == 0.0
     assert 0.0 <= strict.accuracy.low <= strict.accuracy.estimate <= strict.accuracy.high <= 1.0
     assert strict.accuracy.high - strict.accuracy.low > 0.3  # Wilson's alone, over ten rows, is as wide
@@ -152,18 +173,18 @@ def test_no_private_row_is_read_and_nothing_is_spent(root: Path) -> None:
         (root / f"{name}.jsonl").unlink()
         (root / f"{name}.ledger").unlink()
         (root / f"{name}.toml").unlink()
-    assert pilot(configured(root)).go
+    assert pilot(configured(root, *SMALL)).go
 
 
 def test_the_same_seeds_find_the_same(root: Path) -> None:
-    first = pilot(configured(root))
-    second = pilot(configured(root, (f'out = "{root}/pilot"', f'out = "{root}/again"')))
-    assert [row.accuracy for row in first.curve] == [row.accuracy for row in second.curve]
-    assert [row.point for row in first.curve] == [row.point for row in second.curve]
+    first = pilot(configured(root, *SMALL))
+    second = pilot(configured(root, *SMALL, (f'out = "{root}/pilot"', f'out = "{root}/again"')))
+    assert first.curve[0].accuracy == second.curve[0].accuracy
+    assert [row.accuracy for row in first.searched] == [row.accuracy for row in second.searched]
 
 
 def test_a_missed_threshold_is_no_go_and_leaves_no_run(root: Path) -> None:
-    found = pilot(configured(root, ("accuracy = 0.0", "accuracy = 0.99\nround_bytes = 10")))
+    found = pilot(configured(root, SMALL[0], ("accuracy = 0.0", "accuracy = 0.99\nround_bytes = 10")))
     assert not found.go
     assert found.run is None
     assert found.decided.epsilon == 2.0  # "none" would not be acceptable
@@ -171,16 +192,17 @@ def test_a_missed_threshold_is_no_go_and_leaves_no_run(root: Path) -> None:
     assert not (root / "pilot" / "run.toml").exists()
 
 
-def test_thresholds_stand_beforehand(root: Path) -> None:
-    pilot(configured(root))
+def test_thresholds_stand_beforehand(made: tuple[Path, PilotResult]) -> None:
+    root, _ = made
     with pytest.raises(MismatchError, match=r"\[go\] is not what it was when the first trial was made"):
         pilot(configured(root, ("accuracy = 0.0", "accuracy = 0.1")))
 
 
-def test_a_pilot_that_was_cut_short_makes_only_the_rest(root: Path) -> None:
-    whole, told = pilot(configured(root)), list[str]()
+def test_a_pilot_that_was_cut_short_makes_only_the_rest(made: tuple[Path, PilotResult]) -> None:
+    root, whole = made
+    told = list[str]()
     path = root / "pilot" / TRIALS
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")  # the last of them is empty
     path.write_bytes(b"\n".join(lines[:-3]) + b"\n" + lines[-3][:40])  # a writer died in the last line but one
     again = pilot(configured(root), lambda description, done, total: told.append(description))
     assert [row.accuracy for row in again.curve] == [row.accuracy for row in whole.curve]
@@ -188,7 +210,7 @@ def test_a_pilot_that_was_cut_short_makes_only_the_rest(root: Path) -> None:
 
 
 def test_a_rate_that_breaks_the_factors_is_a_failed_trial(root: Path) -> None:
-    found = pilot(configured(root, ("learning_rate = [0.5, 2.0]", "learning_rate = [0.5, 1e38]")))
+    found = pilot(configured(root, SMALL[1], ("learning_rate = [0.5, 2.0]", "learning_rate = [0.5, 1e38]")))
     failed = [row for row in found.searched if row.failed]
     assert {row.trial.point.learning_rate for row in failed} == {1e38}
     assert {row.accuracy for row in failed} == {0.0}
@@ -202,7 +224,7 @@ def test_a_private_pilot_pays_for_every_trial(root: Path) -> None:
     assert [row.epsilon for row in found.curve] == [4.0]
     spent = [trial.spent or 0.0 for trial in trials]
     assert spent == sorted(spent)
-    assert spent[0] <= 4.0 < spent[-1] <= 16.0  # four runs of at most 4 each compose
+    assert 0 < spent[0] <= 4.0 < spent[-1] <= 16.0  # four runs of at most 4 each compose
     statement = Ledger.open(root / "north.ledger").statements()[0]
     assert len(statement.runs) == len(trials) == 4
 
@@ -225,12 +247,14 @@ def test_a_language_model_is_judged_by_what_it_would_write(
     RankPlan.uniform(linear_shapes(tiny_llama, ["q_proj"]), rank=2).save(root / "plan.json")
     found = pilot(
         configured(root, ("/base", "/causal"), ('completion = "{label}"', 'completion = " {label}"'),
-                   ("learning_rate = [0.5, 2.0]", "learning_rate = [0.5]"))
+                   *SMALL)
     )  # fmt: skip
-    assert len(found.curve) == 2
+    assert len(found.curve) == 1
+    assert 0.0 <= found.curve[0].accuracy.estimate <= 1.0
 
 
-def test_the_page_and_the_command(root: Path) -> None:
+def test_the_page_and_the_command(made: tuple[Path, PilotResult]) -> None:
+    root, _ = made
     configured(root)
     result = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml"), "--json"])
     assert result.exit_code == 0, result.stderr
@@ -247,7 +271,7 @@ def test_the_page_and_the_command(root: Path) -> None:
 
 
 def test_no_go_is_an_exit_code(root: Path) -> None:
-    configured(root, ("accuracy = 0.0", "accuracy = 1.0"))
+    configured(root, *SMALL, ("accuracy = 0.0", "accuracy = 1.0"))
     result = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml")])
     assert result.exit_code == 1
     assert "no go" in result.stdout
@@ -270,10 +294,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_with_a_pilots_toml_is_said_in_one_line(root: Path, name: str) -> None:
+def test_what_is_wrong_with_a_pilots_toml_is_said_in_one_line(tmp_path: Path, name: str) -> None:
     old, new, said = WRONG[name]
     with pytest.raises(ConfigError, match=said):
-        configured(root, (old, new))
+        configured(tmp_path, (old, new))
 
 
 def test_too_few_rows(root: Path) -> None:
@@ -293,3 +317,22 @@ def test_a_trial_is_what_its_line_says() -> None:
     assert Tried.of_json(json.loads(json.dumps(asdict(tried))), where="trials") == tried
     with pytest.raises(FormatError, match="trials: no trial of a pilot"):
         Tried.of_json({"trial": {}}, where="trials")
+
+
+def test_the_pilot_of_the_documentation_is_sound() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "federated.md").read_text()
+    block = next(text for text in page.split("```") if text.startswith("toml\nbase = "))
+    config = checked(tomllib.loads(block.removeprefix("toml\n")), PilotRun, where="docs")
+    assert config.go.epsilon == 8.0
+
+
+def test_what_is_written_as_toml_is_read_again() -> None:
+    content = {
+        "text": 'a "quoted" \\ line\n\x7fé',
+        "numbers": [1, 2.5, 1e-30],
+        "yes": True,
+        "table": {"odd key": 1, "inner": {"empty": {}, "names": ["a", "b"]}},
+    }
+    assert tomllib.loads(toml_text({**content, "nothing": None})) == content | {
+        "table": {"odd key": 1, "inner": {"names": ["a", "b"]}}
+    }

@@ -1,0 +1,212 @@
+"""`treadle federate probe`: what a client can do, told without a look at its rows."""
+
+import datetime
+import ipaddress
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from treadle.cli.app import app
+from treadle.configs.federate import FederateRun, SiloRun
+from treadle.configs.toml import load_toml
+from treadle.errors import ConfigError, InputError, UnavailableError
+from treadle.family.family import AdapterFamily
+from treadle.family.injection import linear_shapes
+from treadle.family.plan import RankPlan
+from treadle.recipes.footprint import forget_peak, peak_bytes
+from treadle.recipes.probe import MOST_LOCAL_STEPS, RANKS, probe
+from treadle.train.federated.bandwidth import on_this_machine, to_superlink
+
+SILO = """
+name = "northern-hospital"
+base = "{root}/base"
+folder = "{root}/north"
+[data]
+source = "{root}/secret-patients.jsonl"
+prompt = "{{text}}"
+completion = " {{label}}"
+[privacy]
+epsilon = 3.0
+delta = 1e-5
+records = 8765
+[ledger]
+path = "{root}/secret.ledger"
+data = "patients"
+"""
+
+RUN = """
+family = "{root}/family"
+name = "signs"
+out = "{root}/signs"
+silos = ["{root}/north.toml"]
+[work]
+rounds = 3
+expected_batch = 6
+learning_rate = 0.1
+local_steps = 2
+max_length = 16
+[rules]
+clients = ["northern-hospital"]
+timeout = 1e-6
+"""
+
+
+@pytest.fixture
+def root(
+    tmp_path: Path,
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A silo whose rows and ledger are not even there, and a run over a family of rank 3."""
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    tiny_llama.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    plan = RankPlan.uniform(linear_shapes(tiny_llama, ["q_proj", "v_proj"]), rank=3)
+    AdapterFamily.create(base=str(tmp_path / "base"), plan=plan, seed=4).save(tmp_path / "family")
+    (tmp_path / "north.toml").write_text(SILO.format(root=tmp_path))
+    (tmp_path / "run.toml").write_text(RUN.format(root=tmp_path))
+    return tmp_path
+
+
+def silo_of(root: Path) -> SiloRun:
+    return load_toml(root / "north.toml", SiloRun)
+
+
+def test_a_run_fixes_rank_batch_and_length(root: Path) -> None:
+    found = probe(silo_of(root), load_toml(root / "run.toml", FederateRun))
+    assert (found.tokens, found.expected_batch) == (16, 6)
+    assert [row.micro_batch for row in found.measured] == [1, 2, 4]  # 8 would be more than the batch
+    assert {row.rank for row in found.measured} == {3.0}
+    assert found.proposal.rank_is_given
+    assert found.proposal.micro_batch == min(found.measured, key=lambda row: row.row_seconds).micro_batch
+    plan = AdapterFamily.load(root / "family").plan
+    assert found.round_bytes == 2 * 4 * sum(3 * row.out_features for row in plan.modules.values())
+    assert found.step_seconds > found.noise_seconds > 0
+    assert found.asked is not None
+    assert found.asked > 2 * found.step_seconds
+    assert found.asked_fits is False  # nobody takes a step in a microsecond
+
+
+def test_without_a_run_the_largest_rank_that_crosses_in_time(root: Path) -> None:
+    found = probe(silo_of(root), round_seconds=3600.0)
+    assert found.proposal.rank == 16  # k_proj has 16 outputs, and no room for more
+    assert found.proposal.local_steps == MOST_LOCAL_STEPS
+    assert found.round_seconds <= found.proposal.deadline
+    hurried = probe(silo_of(root), round_seconds=1e-9)
+    assert (hurried.proposal.rank, hurried.proposal.local_steps) == (RANKS[0], 1)
+
+
+def test_memory_is_a_limit(root: Path) -> None:
+    with pytest.raises(InputError, match="not even one row of 128 tokens fits into 1,000 bytes"):
+        probe(silo_of(root), memory=1000)
+    with pytest.raises(ConfigError, match="a limit is not above 0"):
+        probe(silo_of(root), round_seconds=0.0)
+
+
+def test_nothing_of_the_silo_is_said(root: Path) -> None:
+    result = CliRunner().invoke(app, ["federate", "probe", str(root / "north.toml"), str(root / "run.toml"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert content["proposal"]["micro_batch"] >= 1
+    assert content["transfer"]["way"] == "local"
+    for secret in ("northern-hospital", "patients", "8765", "secret", str(root)):
+        assert secret not in result.stdout
+    plain = CliRunner().invoke(app, ["federate", "probe", str(root / "north.toml"), str(root / "run.toml")])
+    assert "of serialising and hashing on this machine; no SuperLink is named" in plain.stdout
+    assert "the rank is the family's" in plain.stdout
+    assert "which is beyond its time-out" in plain.stdout
+
+
+def test_somebody_must_name_a_base(root: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a family nor a base is named"):
+        probe(silo_of(root).model_copy(update={"base": None}))
+
+
+def test_the_peak_is_that_of_what_happened_since() -> None:
+    device = torch.device("cpu")
+    forget_peak(device)
+    before = peak_bytes(device)
+    held = torch.ones(50 * 2**20 // 4)
+    assert peak_bytes(device) - before > 0.8 * held.numel() * 4
+    del held
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path, list[int]]]:
+    """A TLS server on loopback that refuses every message, as a SuperLink does one without a key; the sizes it read."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = certificate.public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "ca.pem").write_bytes(public)
+    read: list[int] = []
+
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            def refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
+                read.append(len(request))
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key")
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    running = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", -1)])
+    running.add_generic_rpc_handlers((Refusing(),))
+    port = running.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(private, public)]))
+    running.start()
+    yield f"127.0.0.1:{port}", tmp_path / "ca.pem", read
+    running.stop(None).wait()
+
+
+def test_bandwidth_to_a_server_that_refuses(server: tuple[str, Path, list[int]]) -> None:
+    address, certificate, read = server
+    found = to_superlink(address, certificate)
+    assert found.way == "superlink"
+    assert found.bytes_per_second > 1e5
+    assert found.seconds(10**6) > found.latency > 0
+    assert max(read) == 4 * 2**20  # it was read whole, so that its time is that of the way
+    with pytest.raises(InputError, match=r"none.pem: cannot be read"):
+        to_superlink(address, certificate.with_name("none.pem"))
+
+
+def test_a_server_that_is_not_there(server: tuple[str, Path, list[int]], root: Path) -> None:
+    _, certificate, _ = server
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9: the SuperLink does not answer"):
+        to_superlink("127.0.0.1:9", certificate)
+    node = f'[supernode]\nsuperlink = "127.0.0.1:9"\nroot_certificates = "{certificate}"\nprivate_key = "x"\n'
+    (root / "north.toml").write_text(SILO.format(root=root) + node)
+    with pytest.raises(UnavailableError, match="does not answer"):
+        probe(silo_of(root), load_toml(root / "run.toml", FederateRun))
+
+
+def test_bandwidth_without_a_server_is_this_machines() -> None:
+    found = on_this_machine()
+    assert found.way == "local"
+    assert found.bytes_per_second > 1e6
