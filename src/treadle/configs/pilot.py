@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from treadle.configs.family import PublicText
 from treadle.configs.federate import FederateRun, SuperLink
@@ -200,7 +200,10 @@ class PilotRun(RunConfig):
     @model_validator(mode="after")
     def _sound(self) -> "PilotRun":
         work = self.run.work.with_point(self.grid.learning_rate[0], self.grid.max_grad_norm[0])
-        self.run.with_family(self.out, work)
+        try:
+            self.run.with_family(self.out, work)
+        except ValidationError as error:  # said now, as a run's own, and not after hours of trials
+            raise ValueError(f"run: {error.errors(include_url=False)[0]['msg']}") from error
         if self.private and (self.grid.epsilon or not self.run.silos):
             raise ValueError("a private pilot needs run.silos, and no grid.epsilon: every silo's own TOML states it")
         if not self.private and not self.grid.epsilon:

@@ -58,8 +58,8 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
         BudgetError: a silo of a private pilot allows no more.
         UnavailableError: something must be fetched and cannot be, or the disk refuses.
     """
+    work = _Pilot(config, _Stage.opened(config, progress))
     _write_down(config)
-    pilot = _Pilot(config, _Stage.opened(config, progress))
     done = {row.trial: row for row in _recorded(config.out / TRIALS)}
     planned, seeds = len(_points(config)) * len(_epsilons(config)), len(config.trials.seeds)
     expected = planned + seeds * len(_epsilons(config))
@@ -67,7 +67,7 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
     def tried(trial: Trial) -> Tried:
         if trial not in done:
             progress(f"{trial.stage}: ε {trial.epsilon}, {trial.point}, seed {trial.seed}", len(done), expected)
-            done[trial] = pilot.tried(trial)
+            done[trial] = work.tried(trial)
             files.append_line(config.out / TRIALS, json.dumps(asdict(done[trial]), allow_nan=False).encode())
         return done[trial]
 
@@ -78,7 +78,7 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
         best = max(here, key=lambda row: row.accuracy).trial.point
         reported = tuple(tried(Trial(best, epsilon, seed, "report")) for seed in config.trials.seeds)
         searched += here
-        curve.append(pilot.at(epsilon, best, reported))
+        curve.append(work.at(epsilon, best, reported))
     return _decided(config, tuple(searched), tuple(curve))
 
 
@@ -196,10 +196,16 @@ class _Pilot:
         config = self.config
         folder = config.out / "families" / f"{init}-{seed}"
         if not folder.exists():
-            text = config.text if init == "public-pca" else None
-            device = config.trials.device
-            run = FamilyRun(base=config.base, plan=config.plan, out=folder, seed=seed, init=init, text=text)
-            new_family(run.model_copy(update={"device": device}))
+            run = FamilyRun(
+                base=config.base,
+                plan=config.plan,
+                out=folder,
+                seed=seed,
+                init=init,
+                text=config.text if init == "public-pca" else None,
+                device=config.trials.device,
+            )
+            new_family(run)
         return folder
 
     def _public(self, trial: Trial) -> "_Trained":
@@ -258,14 +264,14 @@ class _Pilot:
 
     def at(self, epsilon: Epsilon, point: Point, tried: tuple[Tried, ...]) -> AtEpsilon:
         """What the reported trials say."""
-        noise = None if self.config.private else self._noise(epsilon, min(map(len, self._silo_rows(point, epsilon))))
         records = self.config.run.records
-        noise_of_run = None if records is None or self.config.private else self._noise(epsilon, records, run=True)
+        noise = noise_of_run = None
+        if not self.config.private:
+            smallest = min(map(len, self._silos(tried[0].trial).rows.values()))
+            noise = self._noise(epsilon, smallest)
+            noise_of_run = None if records is None else self._noise(epsilon, records, run=True)
         accuracy = _accuracy(tried, len(self.stage.judging["report"]))
         return AtEpsilon(epsilon, point, accuracy, tried, noise, noise_of_run)
-
-    def _silo_rows(self, point: Point, epsilon: Epsilon) -> list[Sequence[Row]]:
-        return list(self._silos(Trial(point, epsilon, self.config.trials.seeds[0], "report")).rows.values())
 
     def _noise(self, epsilon: Epsilon, records: int, *, run: bool = False) -> float:
         """The noise multiplier of a trial, or of the whole run, for a silo of so many rows."""
