@@ -110,7 +110,7 @@ def _epsilons(config: PilotRun) -> list[Epsilon]:
     """From the strongest privacy to none."""
     if not config.private:
         return sorted(config.grid.epsilon, key=number_of)
-    stated = [load_toml(path, SiloRun).privacy.epsilon for path in config.run.silos]
+    stated: list[Epsilon] = [load_toml(path, SiloRun).privacy.epsilon for path in config.run.silos]
     return [max(stated, key=number_of)]
 
 

@@ -68,7 +68,11 @@ class SimulatedSilos:
             name, ledger, epsilon=self.epsilon, delta=self.delta, records=len(rows), micro_batch=self.micro_batch
         )
         terms.plan(work)
-        train = local_training(terms, lambda *_: OpenedSilo(self.model, rows), lambda key: self._draws(name, key))
+
+        def opened(family: AdapterFamily, order: Order) -> OpenedSilo:  # whatever is asked: they are open already
+            return OpenedSilo(self.model, rows)
+
+        train = local_training(terms, opened, lambda key: self._draws(name, key))
 
         def timed(family: AdapterFamily, order: Order, factors: Factors) -> LocalResult:
             begun = time.perf_counter()

@@ -7,8 +7,13 @@ from treadle.recipes.pilot_result import AtEpsilon, Check, PilotResult, Tried
 from treadle.reports.charts import Cell, Dot, dot_chart, heat_map
 from treadle.reports.pages import rendered
 
-_UNITS = {"round_bytes": "bytes up and down in a round, one client", "step_seconds": "seconds of a private step"}
-_UNITS |= {"memory_bytes": "bytes held by the process", "accuracy": "accuracy, lower end", "epsilon": "ε of a silo"}
+_UNITS = {
+    "accuracy": "accuracy, lower end",
+    "epsilon": "ε of a silo",
+    "round_bytes": "bytes up and down in a round, one client",
+    "step_seconds": "seconds of a private step",
+    "memory_bytes": "bytes held by the process",
+}
 
 
 def pilot_page(found: PilotResult) -> str:
