@@ -20,8 +20,10 @@ from treadle.routing.calibration import (
     AnalyticCalibration,
     Calibration,
     OwnCalibration,
+    PrivateCalibration,
     PromptStatistics,
     PublicCalibration,
+    ReleasedNorms,
     TrafficCalibration,
 )
 from treadle.routing.factors import LayerFactors
@@ -33,15 +35,27 @@ ALLOWED = [{"beta", "delta"}, {"delta"}]
 FORBIDDEN = (0, 2, 4)  # alpha, gamma, and the stranger; beta stands between them
 POISONS = (torch.nan, torch.inf, 1e30, 0.0)
 
-Made = Callable[[SimpleNamespace], Calibration]
+Made = Callable[[SimpleNamespace, AdapterBank], Calibration]
 CALIBRATIONS: dict[type, Made] = {
-    PublicCalibration: lambda make: PublicCalibration(make.passages),
-    OwnCalibration: lambda make: OwnCalibration(
+    PublicCalibration: lambda make, _: PublicCalibration(make.passages),
+    OwnCalibration: lambda make, _: OwnCalibration(
         {name: make.passages[place:] for place, name in enumerate((*make.members, "stranger"))}
     ),
-    AnalyticCalibration: lambda make: AnalyticCalibration(make.passages),
-    TrafficCalibration: lambda make: TrafficCalibration(
+    AnalyticCalibration: lambda make, _: AnalyticCalibration(make.passages),
+    TrafficCalibration: lambda make, _: TrafficCalibration(
         make.passages, tenant="clinic", minimum_prompts=1, minimum_tokens=1
+    ),
+    PrivateCalibration: lambda _, bank: PrivateCalibration(
+        {
+            adapter.name: ReleasedNorms(
+                dict.fromkeys(adapter.plan.modules, 1.0 + place),
+                dict.fromkeys(adapter.plan.modules, 0.5),
+                adapter.digest,
+                epsilon=1.0,
+                delta=1e-5,
+            )
+            for place, adapter in enumerate(bank.adapters)
+        }
     ),
 }
 
@@ -92,7 +106,7 @@ def calibrated(
         if PublicCalibration not in made:
             made[PublicCalibration] = make.bank(tiny_llama, tiny_tokenizer)
         if kind not in made:
-            calibration = CALIBRATIONS[kind](make)
+            calibration = CALIBRATIONS[kind](make, made[PublicCalibration])
             made[kind] = made[PublicCalibration].calibrate(calibration, model=tiny_llama, tokenizer=tiny_tokenizer)
         return made[kind]
 
