@@ -77,6 +77,17 @@ def _demo_quality(rows: Sequence[Row]) -> list[Panel]:
     return panels
 
 
+def _privacy_audit(rows: Sequence[Row]) -> list[Panel]:
+    """The ε that each attack refutes, a column a claim; the claim itself is in the column's name."""
+    cells: dict[tuple[str, str], Cell] = {}
+    for row in rows:
+        left, attack, bound = _number(row, "noise_left"), str(row["attack"]), _number(row, "epsilon_at_least")
+        column = f"ε = {row['epsilon_claimed']}" + (f", {left:g} of its noise" if left < 1 else "")
+        tip = f"{attack}, {column}: {row['right']} of {row['guesses']} guesses right, ε is {bound:.2f} or more"
+        cells[attack, column] = Cell(bound, f"{bound:.2f}", tip)
+    return [("ε refuted at 95%, under each claim", heat_map(cells, title="lower bounds on ε of each attack"))]
+
+
 def _routing_quality(rows: Sequence[Row]) -> list[Panel]:
     """Mean accuracy of every way of answering, a dot a form of the prompts; lines are 95% intervals."""
     means = [row for row in rows if row.get("task") == MEAN_OF_TASKS]
@@ -114,6 +125,7 @@ def _number(row: Row, key: str) -> float:
 
 PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "demo-quality": _demo_quality,
+    "privacy-audit": _privacy_audit,
     "routing-exactness": _routing_exactness,
     "routing-quality": _routing_quality,
 }

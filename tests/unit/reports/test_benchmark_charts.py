@@ -84,6 +84,17 @@ def test_exactness_shows_each_share_of_the_decisions() -> None:
     assert {"5.00%", "10.00%", "0.25%", "2.50%"} <= set(re.findall(r">([\d.]+%)<", chart))
 
 
+def test_an_audit_shows_what_each_attack_refutes_under_each_claim() -> None:
+    row: dict[str, object] = {"attack": "loss", "epsilon_claimed": "8", "guesses": 40, "right": 39}
+    rows = [
+        {**row, "noise_left": 1.0, "epsilon_at_least": 1.25},
+        {**row, "noise_left": 0.1, "epsilon_at_least": 9.5},
+    ]
+    found = bars(benchmark_chart(result_of("privacy-audit", rows)))
+    assert "loss, ε = 8: 39 of 40 guesses right, ε is 1.25 or more" in found
+    assert "loss, ε = 8, 0.1 of its noise: 39 of 40 guesses right, ε is 9.50 or more" in found
+
+
 def test_quality_shows_means_over_seeds_and_their_range() -> None:
     rows: list[dict[str, object]] = [
         {"suite": "demo", "seed": seed, "task": "(mean)", "condition": "trained", "arm": arm, "value": value}
