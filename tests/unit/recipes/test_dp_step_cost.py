@@ -23,7 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
 def bases(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """Folders of a causal model and of a bare encoder."""
     tiny_llama.save_pretrained(tmp_path / "llama")
-    config = BertConfig(128, 16, 1, 2, 32, max_position_embeddings=64, num_labels=2, pad_token_id=0)
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        num_labels=2,
+        pad_token_id=0,
+    )
     BertForSequenceClassification(config).bert.save_pretrained(tmp_path / "bert")
     for name in ("llama", "bert"):
         tiny_tokenizer.save_pretrained(tmp_path / name)

@@ -62,7 +62,7 @@ def _trained_base(base: str, work: Path, seed: int) -> Path:
     folder = model_folder(base)
     if is_causal(folder):
         return folder
-    out = work / f"{base}-two-classes"
+    out = work / f"{folder.name}-two-classes"
     return out if out.exists() else with_head(base, out, labels=("no", "yes"), seed=seed)
 
 
