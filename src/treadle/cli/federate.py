@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli import pilot
-from treadle.cli.console import working
+from treadle.cli.console import print_json, working
 from treadle.cli.options import Json, Run
 
 
@@ -59,7 +59,7 @@ def watch_command(
     show_watched(watched(config), json=json)
 
 
-def serve_command(run: Run) -> None:
+def serve_command(run: Run, json: Json = False) -> None:
     """Start the server that the run's silos connect to, and keep it until Ctrl-C.
 
     Example: treadle federate serve triage.toml
@@ -68,11 +68,17 @@ def serve_command(run: Run) -> None:
     from treadle.configs.toml import load_toml
     from treadle.recipes.superlink import superlink_command
 
-    raise typer.Exit(superlink_command(load_toml(run, FederateRun)).run())
+    config = load_toml(run, FederateRun)
+    command = superlink_command(config)
+    if json and config.superlink is not None:
+        print_json({"serves": f"{config.superlink.host}:{config.superlink.port}"})
+    raise typer.Exit(command.run())
 
 
 def admit_command(
-    run: Run, key: Annotated[Path, typer.Argument(metavar="KEY.pub", help="The silo's public key.")]
+    run: Run,
+    key: Annotated[Path, typer.Argument(metavar="KEY.pub", help="The silo's public key.")],
+    json: Json = False,
 ) -> None:
     """Let a silo in by its public key; the server must be running.
 
@@ -83,10 +89,13 @@ def admit_command(
     from treadle.recipes.superlink import admit
 
     admit(load_toml(run, FederateRun), key)
+    if json:
+        print_json({"admitted": key})
 
 
 def silo_command(
     silo: Annotated[Path, typer.Argument(metavar="SILO.toml", help="The silo's own configuration.")],
+    json: Json = False,
 ) -> None:
     """Start a silo, and keep it until Ctrl-C; its rows, its key and its ledger stay here.
 
@@ -99,6 +108,8 @@ def silo_command(
 
     config = load_toml(silo, SiloRun)
     silo_client(config)  # what is wrong with rows, ledger or terms is said before anybody connects
+    if json:
+        print_json({"silo": config.name})
     raise typer.Exit(serve_silo(config, silo))
 
 
