@@ -3,7 +3,7 @@
 It opens neither the silo's rows nor its ledger, so that nothing private can be in what it says.
 
 rows        of random tokens, all as long as a row may be: the most that a row can cost
-micro-batch doubled until memory or the batch ends; the one with the least time a row
+micro-batch doubled until memory or the batch ends, or it no longer helps; the one with the least time a row
 rank        the largest whose B crosses within a tenth of a round; fixed where there is a family
 steps       as many as a round has time for
 """
@@ -43,6 +43,8 @@ MOST_LOCAL_STEPS = 10
 _ANSWER, _BATCH, _LENGTH = 8, 32, 128
 _CROSSING, _MARGIN, _LEAST_DEADLINE = 0.1, 3.0, 10.0
 _REPEATS = 2
+_GAIN = 0.95
+"""Time a row, as a share of what it was, above which two doublings were for nothing."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _micro_batches(subject: _Subject, progress: Progress) -> list[Measured]:
-    """Micro-batches of 1, 2, 4, … rows, as far as memory and batch reach.
+    """Micro-batches of 1, 2, 4, … rows, as far as memory and batch reach and it helps.
 
     Raises:
         InputError: not even one row fits.
@@ -236,6 +238,8 @@ def _micro_batches(subject: _Subject, progress: Progress) -> list[Measured]:
             break
         found.append(row)
         if row.peak + (row.peak - held) > subject.memory_limit:  # the next one is twice as large
+            break
+        if len(found) > 2 and min(later.row_seconds for later in found[-2:]) > _GAIN * found[-3].row_seconds:
             break
         size *= 2
     if not found:
