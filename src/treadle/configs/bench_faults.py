@@ -22,12 +22,12 @@ class FederatedBytesRun(RunConfig):
         base: the base model, whose layers decide.
         rank: of every adapted layer.
         clients: in every round.
-        rounds: that are counted.
+        rounds: of each variant; the first is not counted.
         seed: of A.
     """
 
     base: str = "smollm2-135m"
     rank: int = Field(ge=1)
     clients: int = Field(ge=2)
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=2)
     seed: int = 0
