@@ -1,7 +1,7 @@
 """The benchmarks by name; `benchmarks/NAME.toml` holds the settings, `benchmarks/results/` what came of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,7 +82,7 @@ class Benchmark(Generic[Config]):
 
     settings: type[Config]
     run: Callable[[Config, Session], BenchmarkResult]
-    shown: Callable[[Config, Session], BenchmarkResult] | None = None
+    shown: Callable[[Config, Sequence[Mapping[str, object]]], BenchmarkResult] | None = None
 
 
 def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
@@ -91,10 +91,6 @@ def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
     return demo_quality.demo_quality(
         config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
     )
-
-
-def _demo_quality_shown(config: DemoQualityRun, session: Session) -> BenchmarkResult:
-    return demo_quality.summary(config, _recorded(session.runs))
 
 
 def _federated_quality(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
@@ -107,20 +103,12 @@ def _federated_quality(config: FederatedQualityRun, session: Session) -> Benchma
     )
 
 
-def _federated_quality_shown(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
-    return federated_quality.summary(config, _recorded(session.runs))
-
-
 def _privacy_audit(config: PrivacyAuditRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return privacy_audit.quick_privacy_audit(config, work=session.work, progress=session.progress)
     return privacy_audit.privacy_audit(
         config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
     )
-
-
-def _privacy_audit_shown(config: PrivacyAuditRun, session: Session) -> BenchmarkResult:
-    return privacy_audit.summary(config, _recorded(session.runs))
 
 
 def _federated_bytes(config: FederatedBytesRun, session: Session) -> BenchmarkResult:
@@ -143,18 +131,10 @@ def _routing_composition(config: RoutingCompositionRun, session: Session) -> Ben
     )
 
 
-def _routing_composition_shown(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
-    return routing_composition.summary(config, _recorded(session.runs))
-
-
 def _routing_attack(config: RoutingAttackRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return routing_attack.quick_routing_attack(config, work=session.work, progress=session.progress)
     return routing_attack.routing_attack(config, runs=session.runs, work=session.work, progress=session.progress)
-
-
-def _routing_attack_shown(config: RoutingAttackRun, session: Session) -> BenchmarkResult:
-    return routing_attack.summary(config, _recorded(session.runs))
 
 
 def _routing_calibration(config: RoutingCalibrationRun, session: Session) -> BenchmarkResult:
@@ -166,10 +146,6 @@ def _routing_calibration(config: RoutingCalibrationRun, session: Session) -> Ben
     return routing_calibration.routing_calibration(
         config, fleets, runs=session.runs, work=session.work, data=session.data, progress=session.progress
     )
-
-
-def _routing_calibration_shown(config: RoutingCalibrationRun, session: Session) -> BenchmarkResult:
-    return routing_calibration.summary(config, _recorded(session.runs))
 
 
 def _routing_continual(config: RoutingContinualRun, session: Session) -> BenchmarkResult:
@@ -210,27 +186,23 @@ def _routing_quality(config: RoutingQualityRun, session: Session) -> BenchmarkRe
     )
 
 
-def _routing_quality_shown(config: RoutingQualityRun, session: Session) -> BenchmarkResult:
-    return routing_quality.summary(config, _recorded(session.runs))
-
-
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
-    "demo-quality": Benchmark(DemoQualityRun, _demo_quality, _demo_quality_shown),
+    "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
-    "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, _federated_quality_shown),
-    "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, _privacy_audit_shown),
+    "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, federated_quality.summary),
+    "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
-    "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, _routing_attack_shown),
-    "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, _routing_calibration_shown),
-    "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, _routing_composition_shown),
+    "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
+    "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, routing_calibration.summary),
+    "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, routing_composition.summary),
     "routing-continual": Benchmark(RoutingContinualRun, _routing_continual),
     "routing-cost": Benchmark(RoutingCostRun, _routing_cost),
     "routing-exactness": Benchmark(RoutingExactnessRun, _routing_exactness),
     "routing-large": Benchmark(RoutingLargeRun, _routing_large),
     "routing-memory": Benchmark(RoutingMemoryRun, _routing_memory),
     "routing-model-cost": Benchmark(RoutingModelCostRun, _routing_model_cost),
-    "routing-quality": Benchmark(RoutingQualityRun, _routing_quality, _routing_quality_shown),
+    "routing-quality": Benchmark(RoutingQualityRun, _routing_quality, routing_quality.summary),
 }
 
 
@@ -269,7 +241,7 @@ def run_benchmark(
             return _committed(path)
         config = load_toml(folder / f"{name}.toml", benchmark.settings)
         if show and benchmark.shown is not None:
-            return _shown(benchmark.shown(config, session), path)
+            return _shown(benchmark.shown(config, _recorded(runs)), path)
         result = benchmark.run(config, session)
     if not quick:
         files.write_json(path, result.to_json())
