@@ -1,6 +1,6 @@
 """The ways of federating LoRA by name, one a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from treadle.train.federated.variants.ffa import Ffa
 from treadle.train.federated.variants.flora import FLora
 from treadle.train.federated.variants.local import Local
 from treadle.train.federated.variants.rolora import RoLora
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work
+from treadle.train.federated.variants.variant import Aggregate, MovingA, Variant, Work
 
 VARIANTS: Mapping[str, type[Variant]] = {
     kind.name: kind for kind in (Ffa, FedIt, FLora, RoLora, FedSvd, Local, Central)
@@ -28,13 +28,7 @@ _FROZEN_BY_DEFAULT = {
     "local": 1.0,
     "central": 1.0,
 }
-_MOVING: Mapping[str, Callable[[Freezing], Variant]] = {
-    "fedit": FedIt,
-    "flora": FLora,
-    "rolora": RoLora,
-    "fedsvd": FedSvd,
-    "central": Central,
-}
+_MOVING: Mapping[str, type[MovingA]] = {name: kind for name, kind in VARIANTS.items() if issubclass(kind, MovingA)}
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,16 @@ from typing import ClassVar
 from treadle.errors import MismatchError
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.freezing import Freezing
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked
+from treadle.train.federated.variants.variant import Aggregate, TrainedTogether, averaged, checked
 
 
 @dataclass(frozen=True)
-class Central(Variant):
+class Central(TrainedTogether):
     """Take over what the one silo sends."""
-
-    freezing: Freezing
 
     name: ClassVar[str] = "central"
     exact: ClassVar[bool] = True
     averages: ClassVar[bool] = False
-
-    @property
-    def leaves_family(self) -> bool:
-        """Unless every A stays frozen."""
-        return not self.freezing.always
-
-    def work(self, server_round: int) -> Work:
-        """Every B, and the A that are not frozen."""
-        modules = frozenset(self.freezing.modules)
-        return Work(modules - self.freezing.frozen(server_round), modules)
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The factors of the one silo.

@@ -14,29 +14,16 @@ from typing import ClassVar
 
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.freezing import Freezing
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked, deviations
+from treadle.train.federated.variants.variant import Aggregate, TrainedTogether, averaged, checked, deviations
 
 
 @dataclass(frozen=True)
-class FedIt(Variant):
+class FedIt(TrainedTogether):
     """Train A and B, average them apart."""
-
-    freezing: Freezing
 
     name: ClassVar[str] = "fedit"
     exact: ClassVar[bool] = False
     averages: ClassVar[bool] = True
-
-    @property
-    def leaves_family(self) -> bool:
-        """Unless every A stays frozen."""
-        return not self.freezing.always
-
-    def work(self, server_round: int) -> Work:
-        """Every B, and the A that are not frozen."""
-        modules = frozenset(self.freezing.modules)
-        return Work(modules - self.freezing.frozen(server_round), modules)
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The mean of the A and the mean of the B, with what that misses."""

@@ -18,24 +18,16 @@ from typing import ClassVar
 from treadle.algebra import orthonormal_factors
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.freezing import Freezing
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked, deviations
+from treadle.train.federated.variants.variant import Aggregate, MovingA, Work, averaged, checked, deviations
 
 
 @dataclass(frozen=True)
-class FedSvd(Variant):
+class FedSvd(MovingA):
     """Train and average B, then turn A to the right singular vectors of the mean update."""
-
-    freezing: Freezing
 
     name: ClassVar[str] = "fedsvd"
     exact: ClassVar[bool] = True
     averages: ClassVar[bool] = True
-
-    @property
-    def leaves_family(self) -> bool:
-        """Unless every A stays frozen."""
-        return not self.freezing.always
 
     def work(self, server_round: int) -> Work:
         """Every B."""

@@ -12,27 +12,16 @@ from typing import ClassVar
 
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked
+from treadle.train.federated.variants.variant import Aggregate, FrozenA, averaged, checked
 
 
 @dataclass(frozen=True)
-class Ffa(Variant):
+class Ffa(FrozenA):
     """Train and average B."""
-
-    modules: tuple[str, ...]
 
     name: ClassVar[str] = "ffa"
     exact: ClassVar[bool] = True
     averages: ClassVar[bool] = True
-
-    @property
-    def leaves_family(self) -> bool:
-        """Never."""
-        return False
-
-    def work(self, server_round: int) -> Work:
-        """Every B."""
-        return Work(frozenset(), frozenset(self.modules))
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The mean of the B."""

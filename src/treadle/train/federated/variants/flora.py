@@ -16,29 +16,24 @@ from typing import ClassVar
 from treadle.algebra import orthonormal_factors
 from treadle.train.federated.aggregation import Update, stacked
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.freezing import Freezing
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked, deviations, products
+from treadle.train.federated.variants.variant import (
+    Aggregate,
+    TrainedTogether,
+    Work,
+    averaged,
+    checked,
+    deviations,
+    products,
+)
 
 
 @dataclass(frozen=True)
-class FLora(Variant):
+class FLora(TrainedTogether):
     """Train A and B, stack them, cut the stack to the planned rank."""
-
-    freezing: Freezing
 
     name: ClassVar[str] = "flora"
     exact: ClassVar[bool] = False
     averages: ClassVar[bool] = False
-
-    @property
-    def leaves_family(self) -> bool:
-        """Unless every A stays frozen."""
-        return not self.freezing.always
-
-    def work(self, server_round: int) -> Work:
-        """Every B, and the A that are not frozen."""
-        modules = frozenset(self.freezing.modules)
-        return Work(modules - self.freezing.frozen(server_round), modules)
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The best approximation of the stack in the planned ranks, with what it misses."""

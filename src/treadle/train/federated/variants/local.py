@@ -9,27 +9,16 @@ from typing import ClassVar
 
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, checked
+from treadle.train.federated.variants.variant import Aggregate, FrozenA, checked
 
 
 @dataclass(frozen=True)
-class Local(Variant):
+class Local(FrozenA):
     """Train B, keep every client's apart."""
-
-    modules: tuple[str, ...]
 
     name: ClassVar[str] = "local"
     exact: ClassVar[bool] = True
     averages: ClassVar[bool] = False
-
-    @property
-    def leaves_family(self) -> bool:
-        """Never."""
-        return False
-
-    def work(self, server_round: int) -> Work:
-        """Every B."""
-        return Work(frozenset(), frozenset(self.modules))
 
     def aggregate(self, state: GlobalState, updates: Sequence[Update], *, server_round: int) -> Aggregate:
         """The state with the B of these clients in place of those that they had."""

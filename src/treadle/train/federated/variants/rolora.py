@@ -15,24 +15,16 @@ from typing import ClassVar
 
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import GlobalState
-from treadle.train.federated.freezing import Freezing
-from treadle.train.federated.variants.variant import Aggregate, Variant, Work, averaged, checked
+from treadle.train.federated.variants.variant import Aggregate, MovingA, Work, averaged, checked
 
 
 @dataclass(frozen=True)
-class RoLora(Variant):
+class RoLora(MovingA):
     """Train and average B, then A, then B, …"""
-
-    freezing: Freezing
 
     name: ClassVar[str] = "rolora"
     exact: ClassVar[bool] = True
     averages: ClassVar[bool] = True
-
-    @property
-    def leaves_family(self) -> bool:
-        """Unless every A stays frozen."""
-        return not self.freezing.always
 
     def work(self, server_round: int) -> Work:
         """Every B in odd rounds; in even ones the A that are not frozen, and B of the modules where it is."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from treadle.errors import FormatError, MismatchError
 from treadle.train.federated.aggregation import Deviation, Update, deviation, in_order, mean_of, shares, together
 from treadle.train.federated.factors import Factors, GlobalState, key_of_A
+from treadle.train.federated.freezing import Freezing
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,52 @@ class Variant(ABC):
     def is_exact(self, server_round: int) -> bool:
         """Whether this round's aggregation is the mean of the clients' products, up to float32 rounding."""
         return self.exact or not self.work(server_round).both
+
+
+@dataclass(frozen=True)
+class FrozenA(Variant):
+    """A variant that trains B alone, so that what comes out is a member of the family.
+
+    Attributes:
+        modules: of the plan.
+    """
+
+    modules: tuple[str, ...]
+
+    @property
+    def leaves_family(self) -> bool:
+        """Never."""
+        return False
+
+    def work(self, server_round: int) -> Work:
+        """Every B."""
+        return Work(frozenset(), frozenset(self.modules))
+
+
+@dataclass(frozen=True)
+class MovingA(Variant):
+    """A variant under which the A that are not frozen move.
+
+    Attributes:
+        freezing: which those are, by round.
+    """
+
+    freezing: Freezing
+
+    @property
+    def leaves_family(self) -> bool:
+        """Unless every A stays frozen."""
+        return not self.freezing.always
+
+
+@dataclass(frozen=True)
+class TrainedTogether(MovingA):
+    """A variant whose clients train A and B in the same round."""
+
+    def work(self, server_round: int) -> Work:
+        """Every B, and the A that are not frozen."""
+        modules = frozenset(self.freezing.modules)
+        return Work(modules - self.freezing.frozen(server_round), modules)
 
 
 def check(state: GlobalState, work: Work, update: Update) -> None:
