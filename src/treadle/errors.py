@@ -52,3 +52,13 @@ class BudgetError(InputError):
 
 class UnavailableError(TreadleError):
     """Something outside the program is missing."""
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """Nothing, where a setting is what it must be.
+
+    Raises:
+        ConfigError: it is not; names the setting, its value and what is expected.
+    """
+    if not holds:
+        raise ConfigError(f"{name} is {value}", remedy=f"it must be {expected}")

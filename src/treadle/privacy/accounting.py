@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal
 
-from treadle.errors import ConfigError, FormatError, UnavailableError
+from treadle.errors import ConfigError, FormatError, UnavailableError, require
 
 Accountant = Literal["pld", "rdp"]
 
@@ -43,12 +43,10 @@ class MechanismEvent:
 
     def __post_init__(self) -> None:
         """Hold every number to its range."""
-        if not 0 < self.noise_multiplier < math.inf:
-            raise ConfigError(f"noise_multiplier is {self.noise_multiplier}", remedy="it must be a positive number")
-        if not 0 < self.sample_rate <= 1:
-            raise ConfigError(f"sample_rate is {self.sample_rate}", remedy="it must be in (0, 1]")
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}", remedy="it must be at least 1")
+        noise = self.noise_multiplier
+        require("noise_multiplier", noise, 0 < noise < math.inf, "a positive number")
+        require("sample_rate", self.sample_rate, 0 < self.sample_rate <= 1, "in (0, 1]")
+        require("steps", self.steps, self.steps >= 1, "at least 1")
 
     def to_json(self) -> dict[str, float | int]:
         """Its three numbers by name."""
@@ -89,8 +87,7 @@ def epsilon_of(events: Sequence[MechanismEvent], *, delta: float, accountant: Ac
     Deviations: the interval on which losses are discretised grows from dp-accounting's 1e-4 as noise falls below 3:
     the losses are larger there, and 1e-4 would take half a minute where ε is beyond 10.
     """
-    if not LEAST_DELTA <= delta < 1:
-        raise ConfigError(f"delta is {delta}", remedy=f"it must be at least {LEAST_DELTA:g} and below 1")
+    require("delta", delta, LEAST_DELTA <= delta < 1, f"at least {LEAST_DELTA:g} and below 1")
     steps = Counter[tuple[float, float]]()
     for event in events:
         steps[event.noise_multiplier, event.sample_rate] += event.steps
@@ -153,8 +150,7 @@ def calibrated_noise_multiplier(
         ConfigError: a value is out of its range, or no reasonable noise gives this ε.
         UnavailableError: dp-accounting is not installed.
     """
-    if not 0 < epsilon < math.inf:
-        raise ConfigError(f"epsilon is {epsilon}", remedy="it must be a positive number")
+    require("epsilon", epsilon, 0 < epsilon < math.inf, "a positive number")
 
     def excess(noise: float) -> float:
         """The logarithm of ε over its target; nearly a straight line over the logarithm of the noise."""

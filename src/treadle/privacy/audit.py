@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, require
 from treadle.privacy.accounting import MechanismEvent, epsilon_of
 
 _NORMAL = NormalDist()
@@ -157,10 +157,8 @@ def _is_possible(guesses: Guesses, separation: float, failure: float) -> bool:
 
 
 def _check(delta: float, failure: float) -> None:
-    if not 0 <= delta < 1:
-        raise ConfigError(f"delta is {delta}", remedy="it must be in [0, 1)")
-    if not 0 < failure < 1:
-        raise ConfigError(f"failure is {failure}", remedy="it must be in (0, 1)")
+    require("delta", delta, 0 <= delta < 1, "in [0, 1)")
+    require("failure", failure, 0 < failure < 1, "in (0, 1)")
 
 
 def _largest(is_refuted: Callable[[float], bool], most: float) -> float:

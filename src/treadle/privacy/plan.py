@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from treadle.errors import ConfigError, FormatError, TreadleError
+from treadle.errors import ConfigError, FormatError, TreadleError, require
 from treadle.privacy.accounting import LEAST_DELTA, Accountant, MechanismEvent, calibrated_noise_multiplier, epsilon_of
 from treadle.privacy.gradients import MicroBatch, PerExample, clipped_sum
 from treadle.privacy.noise import PrivateRandomness, grid_width, noised
@@ -49,21 +49,17 @@ class PrivacySettings:
 
     def __post_init__(self) -> None:
         """Hold every number to its range."""
-        self._require("epsilon", self.epsilon > 0, "above 0")
+        require("epsilon", self.epsilon, self.epsilon > 0, "above 0")
         for name in ("records", "rounds", "local_steps"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("delta", LEAST_DELTA <= self.delta < 1, f"at least {LEAST_DELTA:g} and below 1/records")
-        self._require("delta", self.delta * self.records < 1, f"below 1/records = {1 / self.records:.3g}")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("delta", self.delta, LEAST_DELTA <= self.delta < 1, f"at least {LEAST_DELTA:g} and below 1/records")
+        require("delta", self.delta, self.delta * self.records < 1, f"below 1/records = {1 / self.records:.3g}")
         most = f"from 1 to records = {self.records}"
-        self._require("expected_batch", 1 <= self.expected_batch <= self.records, most)
-        self._require("reserve_rounds", self.reserve_rounds >= 0, "0 or more")
-        self._require("max_grad_norm", 0 < self.max_grad_norm < math.inf, "a positive number")
+        require("expected_batch", self.expected_batch, 1 <= self.expected_batch <= self.records, most)
+        require("reserve_rounds", self.reserve_rounds, self.reserve_rounds >= 0, "0 or more")
+        require("max_grad_norm", self.max_grad_norm, 0 < self.max_grad_norm < math.inf, "a positive number")
         accountants = get_args(Accountant)
-        self._require("accountant", self.accountant in accountants, f"one of {', '.join(accountants)}")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)}", remedy=f"it must be {expected}")
+        require("accountant", self.accountant, self.accountant in accountants, f"one of {', '.join(accountants)}")
 
     @property
     def sample_rate(self) -> float:

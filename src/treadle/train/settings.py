@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from treadle.errors import ConfigError
+from treadle.errors import require
 
 # How often a run is saved has no influence on what it makes.
 _WITHOUT_INFLUENCE = ("checkpoint_seconds",)
@@ -51,14 +51,14 @@ class SftSettings:
     def __post_init__(self) -> None:
         """Hold every number to its range."""
         for name in ("learning_rate", "max_grad_norm"):
-            _require(self, name, 0 < getattr(self, name) < float("inf"), "a positive number")
+            require(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "a positive number")
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "window"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        _require(self, "max_length", self.max_length >= 2, "at least 2")
-        _require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        _require(self, "warmup", 0 <= self.warmup < 1, "in [0, 1)")
-        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
-        _require(self, "checkpoint_seconds", self.checkpoint_seconds >= 0, "0 or more")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("max_length", self.max_length, self.max_length >= 2, "at least 2")
+        require("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        require("warmup", self.warmup, 0 <= self.warmup < 1, "in [0, 1)")
+        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or more")
+        require("checkpoint_seconds", self.checkpoint_seconds, self.checkpoint_seconds >= 0, "0 or more")
 
     def decisive(self) -> dict[str, str | int | float | bool | None]:
         """The settings that shape the adapter, by name."""
@@ -97,15 +97,10 @@ class PrivateSettings:
 
     def __post_init__(self) -> None:
         """Hold every number to its range."""
-        _require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "a positive number")
-        _require(self, "optimizer", self.optimizer in ("sgd", "adam"), "sgd or adam")
-        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "momentum", self.momentum == 0 or self.optimizer == "sgd", "0 with adam")
-        _require(self, "micro_batch", self.micro_batch >= 1, "at least 1")
-        _require(self, "max_length", self.max_length >= 2, "at least 2")
-        _require(self, "overlong", self.overlong in ("truncate", "refuse"), "truncate or refuse")
-
-
-def _require(settings: SftSettings | PrivateSettings, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {getattr(settings, name)}", remedy=f"it must be {expected}")
+        require("learning_rate", self.learning_rate, 0 < self.learning_rate < float("inf"), "a positive number")
+        require("optimizer", self.optimizer, self.optimizer in ("sgd", "adam"), "sgd or adam")
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        require("momentum", self.momentum, self.momentum == 0 or self.optimizer == "sgd", "0 with adam")
+        require("micro_batch", self.micro_batch, self.micro_batch >= 1, "at least 1")
+        require("max_length", self.max_length, self.max_length >= 2, "at least 2")
+        require("overlong", self.overlong, self.overlong in ("truncate", "refuse"), "truncate or refuse")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, require
 from treadle.privacy.accounting import Accountant, MechanismEvent, calibrated_noise_multiplier, epsilon_of
 from treadle.privacy.noise import PrivateRandomness, grid_width, noised
 from treadle.train.federated.aggregation import Update
@@ -51,18 +51,17 @@ class ClientPrivacySettings:
 
     def __post_init__(self) -> None:
         """Hold every number to its range."""
-        self._require("epsilon", 0 < self.epsilon < math.inf, "a positive number")
-        self._require("clients", self.clients >= 1, "at least 1")
-        self._require(
-            "delta", 0 < self.delta * self.clients < 1, f"above 0 and below 1/clients = {1 / self.clients:.3g}"
+        require("epsilon", self.epsilon, 0 < self.epsilon < math.inf, "a positive number")
+        require("clients", self.clients, self.clients >= 1, "at least 1")
+        require(
+            "delta",
+            self.delta,
+            0 < self.delta * self.clients < 1,
+            f"above 0 and below 1/clients = {1 / self.clients:.3g}",
         )
-        self._require("cohort", 1 <= self.cohort <= self.clients, f"from 1 to clients = {self.clients}")
-        self._require("rounds", self.rounds >= 1, "at least 1")
-        self._require("max_update_norm", 0 < self.max_update_norm < math.inf, "a positive number")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)}", remedy=f"it must be {expected}")
+        require("cohort", self.cohort, 1 <= self.cohort <= self.clients, f"from 1 to clients = {self.clients}")
+        require("rounds", self.rounds, self.rounds >= 1, "at least 1")
+        require("max_update_norm", self.max_update_norm, 0 < self.max_update_norm < math.inf, "a positive number")
 
     def plan(self, randomness: PrivateRandomness) -> "ClientPrivacyPlan":
         """The plan with as little noise as the promise permits, drawn from this randomness.

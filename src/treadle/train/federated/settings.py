@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from treadle.errors import ConfigError
+from treadle.errors import require
 
 Weighting = Literal["uniform", "records"]
 """Whether every client counts alike, or by the number of records that it declares public."""
@@ -116,13 +116,3 @@ class RoundRules:
     def asked(self) -> int:
         """How many clients a round asks."""
         return len(self.clients) if self.sample is None else self.sample
-
-
-def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Nothing, where a setting holds.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if not holds:
-        raise ConfigError(f"{name} is {value}", remedy=f"it must be {expected}")
