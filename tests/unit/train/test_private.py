@@ -22,11 +22,10 @@ from transformers import (
 from treadle.data.prompts import Example
 from treadle.errors import TreadleError
 from treadle.family.family import AdapterFamily
-from treadle.family.injection import trainable
+from treadle.family.injection import trainable, trainable_factors
 from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.plan import DPPlan, Mechanism, PrivacySettings
 from treadle.train import private
-from treadle.train.full_lora import full_lora_baseline
 from treadle.train.objectives import summed_loss
 from treadle.train.private import private_steps, train_private
 from treadle.train.rows import Row, encoded
@@ -112,10 +111,9 @@ def test_the_baseline_with_both_factors_is_the_loops_too(
     family, rows = family_of(tiny_llama), rows_of(tiny_llama, tiny_tokenizer, examples[:8])
     before_A = {name: A.clone() for name, A in family.lora_A.items()}
     shapes = {name: module.shape for name, module in family.plan.modules.items()}
-    with full_lora_baseline(tiny_llama, family.lora_A, shapes) as factors:
-        for name, weight in factors.items():
-            if name.endswith("/B"):
-                weight.data.normal_(std=0.1)
+    lora_B = {name: 0.1 * torch.randn(shape.out_features, len(family.lora_A[name])) for name, shape in shapes.items()}
+    with trainable_factors(tiny_llama, family.lora_A, lora_B, train_A=shapes, train_B=shapes) as (A, B):
+        factors = {f"{name}/A": weight for name, weight in A.items()} | {f"{name}/B": B[name] for name in B}
         expected, before = clipped_mean(tiny_llama, factors, rows, 0.05), flat(factors).double()
         private_steps(tiny_llama, factors, rows, all_of(8).mechanism(8, SeededRandomness(0)), SETTINGS, steps=1)
         moved = before - flat(factors).double()

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-import torch
 from transformers import PreTrainedModel
 
 from treadle.configs.bench_federated import FederatedCell, FederatedQualityRun, GridPoint
@@ -28,7 +27,7 @@ from treadle.data.tasks import Task, load_task
 from treadle.errors import InputError
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.family import AdapterFamily
-from treadle.family.injection import linear_shapes, trainable_factors
+from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.heads import with_head
 from treadle.models.loading import identity_of, load_model, load_tokenizer
@@ -38,9 +37,9 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.federated_trial import accuracy_of, split
 from treadle.train.federated.aggregation import Update
-from treadle.train.federated.factors import GlobalState, key_of_A
-from treadle.train.federated.variants import Variant, VariantSettings, Work
-from treadle.train.private import private_steps
+from treadle.train.federated.factors import Factors, GlobalState
+from treadle.train.federated.local import OpenedSilo, stepped
+from treadle.train.federated.variants import VariantSettings
 from treadle.train.rows import Row, encoded
 from treadle.train.settings import PrivateSettings
 
@@ -219,20 +218,24 @@ def trained(config: FederatedQualityRun, trial: Trial, data: Data, family: Adapt
     )
     batch = config.expected_batch * (trial.cell.clients if trial.arm == CENTRAL else 1)
     variant = VariantSettings(trial.arm).variant(tuple(family.plan.modules), rounds=config.rounds)
-    mechanisms = [_mechanism(config, trial, len(part), batch, client) for client, part in enumerate(parts)]
+    silos = {
+        str(client): (
+            OpenedSilo(data.model, [data.train[place] for place in part]),
+            _mechanism(config, trial, len(part), batch, client),
+        )
+        for client, part in enumerate(parts)
+    }
+    rate = trial.point.learning_rate
+    settings = PrivateSettings(learning_rate=rate, micro_batch=_BATCH, max_length=config.max_length)
     state = GlobalState.start(family)
     for server_round in range(1, config.rounds + 1):
-        work = variant.work(server_round)
+        names = variant.work(server_round).reply(Factors(state.lora_A, state.lora_B)).keys()
         updates = [
-            Update(str(client), _client_round(config, trial, data, state, (work, mechanism, part, str(client))))
-            for client, (mechanism, part) in enumerate(zip(mechanisms, parts, strict=True))
+            Update(name, stepped(silo, state.of_client(name), names, mechanism, settings, steps=config.local_steps))
+            for name, (silo, mechanism) in silos.items()
         ]
-        state = _joined(variant, state, updates, server_round)
+        state = variant.aggregate(state, updates, server_round=server_round).state
     return state
-
-
-def _joined(variant: Variant, state: GlobalState, updates: Sequence[Update], server_round: int) -> GlobalState:
-    return variant.aggregate(state, updates, server_round=server_round).state
 
 
 def _mechanism(config: FederatedQualityRun, trial: Trial, records: int, batch: int, client: int) -> Mechanism:
@@ -249,29 +252,6 @@ def _mechanism(config: FederatedQualityRun, trial: Trial, records: int, batch: i
     name = f"{trial.seed}/{trial.arm}/{client}"
     draws = SeededRandomness(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little"))
     return settings.plan().mechanism(records, draws)
-
-
-def _client_round(
-    config: FederatedQualityRun,
-    trial: Trial,
-    data: Data,
-    state: GlobalState,
-    client: tuple[Work, Mechanism, Sequence[int], str],
-) -> dict[str, torch.Tensor]:
-    """What one client sends after its private steps from the factors that it was sent."""
-    work, mechanism, places, name = client
-    factors = state.of_client(name)
-    settings = PrivateSettings(
-        learning_rate=trial.point.learning_rate, micro_batch=_BATCH, max_length=config.max_length
-    )
-    with trainable_factors(data.model, factors.lora_A, factors.lora_B, train_A=work.lora_A, train_B=work.lora_B) as (
-        lora_A,
-        lora_B,
-    ):
-        weights = {**lora_B, **{key_of_A(module): A for module, A in lora_A.items()}}
-        rows = [data.train[place] for place in places]
-        private_steps(data.model, weights, rows, mechanism, settings, steps=config.local_steps)
-        return {key: weight.detach().clone() for key, weight in weights.items()}
 
 
 def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from treadle.privacy.accounting import Accountant
 from treadle.privacy.entries import ReleaseKey
 from treadle.privacy.ledger import Ledger, release
 from treadle.privacy.noise import PrivateRandomness, SystemRandomness
-from treadle.privacy.plan import DPPlan, PrivacySettings
+from treadle.privacy.plan import DPPlan, Mechanism, PrivacySettings
 from treadle.train.federated.client import LocalResult
 from treadle.train.federated.factors import Factors, key_of_A
 from treadle.train.federated.messages import Order
@@ -128,7 +128,7 @@ def _made(
     micro_batch: int,
 ) -> bytes:
     """The order's tensors after its private steps, as bytes that a ledger keeps."""
-    work, names = order.work, set(order.trained)
+    work = order.work
     settings = PrivateSettings(
         learning_rate=work.learning_rate,
         optimizer=work.optimizer,
@@ -136,6 +136,31 @@ def _made(
         micro_batch=micro_batch,
         max_length=work.max_length,
     )
+    mechanism = plan.mechanism(len(silo.rows), randomness)
+    tensors = stepped(silo, factors, order.trained, mechanism, settings, steps=work.local_steps)
+    kind = {"task_type": kind_of(silo.model).value, "transposed": _is_transposed(silo.model, factors)}
+    return save(tensors, {_KIND: json.dumps(kind)})
+
+
+def stepped(
+    silo: OpenedSilo,
+    factors: Factors,
+    names: Collection[str],
+    mechanism: Mechanism,
+    settings: PrivateSettings,
+    *,
+    steps: int,
+) -> dict[str, Tensor]:
+    """The factors of these names after private steps, on the CPU; model, rows and `factors` stay as they are.
+
+    Args:
+        silo: whose rows and model.
+        factors: to begin from.
+        names: of what is trained, a module for its B, `key_of_A` for its A.
+        mechanism: made for as many rows.
+        settings: of the steps.
+        steps: how many.
+    """
     train_A = [name for name in factors.lora_A if key_of_A(name) in names]
     train_B = [name for name in factors.lora_B if name in names]
     with (
@@ -143,11 +168,8 @@ def _made(
         trainable_factors(silo.model, factors.lora_A, factors.lora_B, train_A=train_A, train_B=train_B) as (A, B),
     ):
         moving = {**B, **{key_of_A(name): parameter for name, parameter in A.items()}}
-        mechanism = plan.mechanism(len(silo.rows), randomness)
-        private_steps(silo.model, moving, silo.rows, mechanism, settings, steps=work.local_steps)
-        tensors = {name: moving[name].detach().cpu().contiguous() for name in order.trained}
-    kind = {"task_type": kind_of(silo.model).value, "transposed": _is_transposed(silo.model, factors)}
-    return save(tensors, {_KIND: json.dumps(kind)})
+        private_steps(silo.model, moving, silo.rows, mechanism, settings, steps=steps)
+        return {name: moving[name].detach().cpu().contiguous() for name in names}
 
 
 def _is_transposed(model: PreTrainedModel, factors: Factors) -> bool:
