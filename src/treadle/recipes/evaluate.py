@@ -9,7 +9,7 @@ for each task and condition:
     oracle                  the task's own adapter alone
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,7 +26,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank
-from treadle.routing.decision import BASE
+from treadle.routing.decision import BASE, Decision
 from treadle.routing.routed import Granularity, RoutedModel
 from treadle.routing.scorers import Scorer, scorer_of
 from treadle.routing.scorers.linear import LinearRouter, fit, linear
@@ -350,15 +350,23 @@ def choices(
     routed = RoutedModel(model, bank, scorer=scorer, granularity="sequence")
     chosen = [BASE] * len(examples)
     try:
-        for places in batches(tokenizer, examples, Answering().batch_tokens):
-            ids, attention = encoded_prompts(tokenizer, [examples[i] for i in places], model.device)
-            with torch.inference_mode():
-                winners = routed.choose(ids, attention).winner.tolist()
-            for place, winner in zip(places, winners, strict=True):
+        for places, decision in decisions(routed, tokenizer, examples):
+            for place, winner in zip(places, decision.winner.tolist(), strict=True):
                 chosen[place] = winner
     finally:
         routed.unwrap()
     return chosen
+
+
+def decisions(
+    routed: RoutedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> Iterator[tuple[list[int], Decision]]:
+    """What `sequence` decides about every prompt, some at a time, behind their places among the examples."""
+    for places in batches(tokenizer, examples, Answering().batch_tokens):
+        ids, attention = encoded_prompts(tokenizer, [examples[i] for i in places], routed.model.device)
+        with torch.inference_mode():
+            decision = routed.choose(ids, attention)
+        yield places, decision
 
 
 def _routing_row(bank: AdapterBank, task: str, condition: str, chosen: Sequence[int], arm: str) -> RoutingRow:

@@ -5,6 +5,7 @@ Their noise comes from torch's own generator, in float32 and once: less work tha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from opacus import GradSampleModule
@@ -15,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+Optimizer = TypeVar("Optimizer", bound=DPOptimizer)
 Losses = Callable[[nn.Module], Tensor]
 """Maps a model to the losses of a batch, (examples,)."""
 
@@ -41,13 +43,7 @@ class Step:
 def opacus_hooks(model: PreTrainedModel, modules: Sequence[str], rank: int, step: Step) -> Callable[[], None]:
     """A step by Opacus' hooks, which keep every example's gradient; the model is changed."""
     wrapped = GradSampleModule(_adapted(model, modules, rank), loss_reduction="sum", strict=False)
-    optimizer = DPOptimizer(
-        _sgd(model, step.learning_rate),
-        noise_multiplier=step.noise_multiplier,
-        max_grad_norm=step.max_grad_norm,
-        expected_batch_size=step.examples,
-        loss_reduction="sum",
-    )
+    optimizer = _optimizer(DPOptimizer, model, step)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -65,13 +61,7 @@ def opacus_ghost(model: PreTrainedModel, modules: Sequence[str], rank: int, step
         strict=False,
         max_grad_norm=step.max_grad_norm,  # pyright: ignore[reportArgumentType]  it takes its default, 1, for its type
     )
-    optimizer = DPOptimizerFastGradientClipping(
-        _sgd(model, step.learning_rate),
-        noise_multiplier=step.noise_multiplier,
-        max_grad_norm=step.max_grad_norm,
-        expected_batch_size=step.examples,
-        loss_reduction="sum",
-    )
+    optimizer = _optimizer(DPOptimizerFastGradientClipping, model, step)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -90,5 +80,13 @@ def _adapted(model: PreTrainedModel, modules: Sequence[str], rank: int) -> PreTr
     return model  # in eval mode but for PEFT's own layers, where Opacus looks
 
 
-def _sgd(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+def _optimizer(kind: type[Optimizer], model: PreTrainedModel, step: Step) -> Optimizer:
+    """One of Opacus' optimisers around SGD on what is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return kind(
+        torch.optim.SGD(trained, lr=step.learning_rate),
+        noise_multiplier=step.noise_multiplier,
+        max_grad_norm=step.max_grad_norm,
+        expected_batch_size=step.examples,
+        loss_reduction="sum",
+    )

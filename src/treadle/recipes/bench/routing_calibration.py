@@ -13,16 +13,16 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from treadle.configs.bench import PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
 from treadle.data.prompts import Example
 from treadle.data.tasks import load_task
 from treadle.errors import InputError
-from treadle.evaluation.answers import Answering, batches, encoded_prompts
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.calibration import PublicSource, calibration_of
+from treadle.recipes.evaluate import decisions
 from treadle.recipes.fleet import Fleet, grow_fleet
 from treadle.routing.abstention import LEVEL
 from treadle.routing.bank import AdapterBank
@@ -119,7 +119,7 @@ def _rows(
     rows: list[dict[str, object]] = []
     try:
         for (task, condition), examples in asked.items():
-            place, chance = _chosen(routed, fleet.model, fleet.tokenizer, examples)
+            place, chance = _chosen(routed, fleet.tokenizer, examples)
             row: dict[str, object] = {"text": text.name, "task": task, "condition": condition}
             if task in bank.names:
                 row["right_adapter"] = float((place == bank.names.index(task)).float().mean())
@@ -132,15 +132,12 @@ def _rows(
 
 
 def _chosen(
-    routed: RoutedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    routed: RoutedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> tuple[Tensor, Tensor | None]:
     """Whom `sequence` would choose for each prompt if it never abstained, and the chance."""
     place, chance = torch.full((len(examples),), BASE), torch.ones(len(examples))
     known = True
-    for places in batches(tokenizer, examples, Answering().batch_tokens):
-        ids, attention = encoded_prompts(tokenizer, [examples[i] for i in places], model.device)
-        with torch.inference_mode():
-            decision = routed.choose(ids, attention)
+    for places, decision in decisions(routed, tokenizer, examples):
         place[places] = torch.where(decision.winner == BASE, decision.runner_up, decision.winner).cpu()
         known = decision.chance is not None
         if decision.chance is not None:
