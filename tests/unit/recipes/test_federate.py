@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from treadle.configs.federate import FederateRun
 from treadle.configs.toml import load_toml
@@ -34,41 +34,16 @@ clients = ["north", "south", "east"]
 pause = 0
 """
 
-SILO = """
-name = "{name}"
-base = "{root}/base"
-folder = "{root}/{name}"
-[data]
-source = "{root}/{name}.jsonl"
-prompt = "question {{text}} answer"
-completion = " {{label}}"
-[privacy]
-epsilon = "none"
-delta = 1e-3
-records = 12
-[ledger]
-path = "{root}/{name}.ledger"
-data = "{name}-signs"
-"""
-
 
 @pytest.fixture
-def root(
-    tmp_path: Path,
-    tiny_llama: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+def root(tmp_path: Path, tiny_base: Path, tiny_llama: LlamaForCausalLM, silo_toml: str) -> Path:
     """A folder with a base, a family of it, three silos of twelve rows with their ledgers, and a run over them."""
-    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
     plan = RankPlan.uniform(linear_shapes(tiny_llama, ["q_proj", "v_proj"]), rank=2, scaling=2.0)
-    AdapterFamily.create(base=str(tmp_path / "base"), plan=plan, seed=4).save(tmp_path / "family")
+    AdapterFamily.create(base=str(tiny_base), plan=plan, seed=4).save(tmp_path / "family")
     for place, name in enumerate(NAMES):
         rows = [{"text": f"w{40 + 12 * place + i}", "label": "good" if i % 2 else "bad"} for i in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / f"{name}.toml").write_text(SILO.format(root=tmp_path, name=name))
+        (tmp_path / f"{name}.toml").write_text(silo_toml.format(root=tmp_path, name=name))
         Ledger.create(tmp_path / f"{name}.ledger")
     silos = ", ".join(f'"{tmp_path}/{name}.toml"' for name in NAMES)
     (tmp_path / "run.toml").write_text(RUN.format(root=tmp_path, silos=silos))

@@ -38,23 +38,6 @@ clients = ["north", "south"]
 too_few = "abort"
 """
 
-SILO = """
-name = "{name}"
-base = "{root}/base"
-folder = "{root}/{name}"
-[data]
-source = "{root}/{name}.jsonl"
-prompt = "question {{text}} answer"
-completion = " {{label}}"
-[privacy]
-epsilon = "none"
-delta = 1e-3
-records = 12
-[ledger]
-path = "{root}/{name}.ledger"
-data = "{name}-signs"
-"""
-
 LINK = """
 [superlink]
 certificate = "{root}/cert.pem"
@@ -94,12 +77,12 @@ def world(
 
 
 @pytest.fixture
-def root(world: Path, tmp_path: Path) -> Path:
+def root(world: Path, tmp_path: Path, silo_toml: str) -> Path:
     """A copy of the world with its TOML files and new ledgers."""
     root = Path(shutil.copytree(world, tmp_path / "copy"))
     (root / "run.toml").write_text(RUN.format(root=root))
     for name in NAMES:
-        (root / f"{name}.toml").write_text(SILO.format(root=root, name=name))
+        (root / f"{name}.toml").write_text(silo_toml.format(root=root, name=name))
         Ledger.create(root / f"{name}.ledger")
     return root
 

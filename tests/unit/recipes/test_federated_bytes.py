@@ -2,18 +2,14 @@
 
 from pathlib import Path
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from treadle.configs.bench_faults import FederatedBytesRun
 from treadle.recipes.bench.federated_bytes import federated_bytes
 
 
-def test_bytes_follow_the_parameters(
-    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    config = FederatedBytesRun(base=str(tmp_path / "base"), rank=8, clients=2, rounds=3)
+def test_bytes_follow_the_parameters(tmp_path: Path, tiny_base: Path, tiny_llama: LlamaForCausalLM) -> None:
+    config = FederatedBytesRun(base=str(tiny_base), rank=8, clients=2, rounds=3)
     result = federated_bytes(config, work=tmp_path / "work")
     ffa, fedit = result.rows
     widths = [(m.in_features, m.out_features) for m in tiny_llama.model.modules() if hasattr(m, "in_features")]

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from treadle.cli.app import app
@@ -63,18 +63,10 @@ timeout = 1e-6
 
 
 @pytest.fixture
-def root(
-    tmp_path: Path,
-    tiny_llama: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+def root(tmp_path: Path, tiny_base: Path, tiny_llama: LlamaForCausalLM) -> Path:
     """A silo whose rows and ledger are not even there, and a run over a family of rank 3."""
-    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
     plan = RankPlan.uniform(linear_shapes(tiny_llama, ["q_proj", "v_proj"]), rank=3)
-    AdapterFamily.create(base=str(tmp_path / "base"), plan=plan, seed=4).save(tmp_path / "family")
+    AdapterFamily.create(base=str(tiny_base), plan=plan, seed=4).save(tmp_path / "family")
     (tmp_path / "north.toml").write_text(SILO.format(root=tmp_path))
     (tmp_path / "run.toml").write_text(RUN.format(root=tmp_path))
     return tmp_path

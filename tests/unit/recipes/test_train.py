@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from treadle.configs.toml import load_toml
 from treadle.configs.train import TrainRun
@@ -42,18 +42,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def root(
-    tmp_path: Path,
-    tiny_llama: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+def root(tmp_path: Path, tiny_base: Path, tiny_llama: LlamaForCausalLM) -> Path:
     """A folder with a base, a family of it and twelve rows."""
-    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
-    tiny_llama.save_pretrained(tmp_path / "base")
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
     plan = RankPlan.uniform(linear_shapes(tiny_llama), rank=2)
-    AdapterFamily.create(base=str(tmp_path / "base"), plan=plan, seed=4).save(tmp_path / "family")
+    AdapterFamily.create(base=str(tiny_base), plan=plan, seed=4).save(tmp_path / "family")
     rows = [{"text": f"w{40 + i}", "label": "good" if i % 2 else "bad"} for i in range(12)]
     (tmp_path / "signs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
