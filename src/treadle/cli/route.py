@@ -30,7 +30,7 @@ def route_command(
         typer.Option(
             min=0.0, max=1.0, help="Leave prompts to the base if this share of public text scores as high; 1: none."
         ),
-    ] = 0.5,
+    ] = 0.9,
     router: Annotated[
         Path | None, typer.Option("--router", metavar="DIR", help="The trained router that the scorer linear needs.")
     ] = None,

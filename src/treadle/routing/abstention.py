@@ -17,7 +17,7 @@ from torch import Tensor
 
 from treadle.routing.decision import BASE, Decision, Mixture
 
-LEVEL = 0.5
+LEVEL = 0.9
 """The chance above which the base acts, unless the caller says otherwise (docs/log.md has what it costs and saves)."""
 
 
