@@ -10,6 +10,7 @@ from types import MappingProxyType
 from treadle import files
 from treadle.errors import FormatError, InputError
 from treadle.family.plan import LayerShape, read_modules
+from treadle.models.identity import BaseIdentity
 
 FORMAT = "treadle.probe-scores/1"
 
@@ -55,7 +56,14 @@ class ModuleScore:
 class ProbeScores:
     """The result of a probe, modules in the model's order.
 
-    `text_sha256` is the digest of the probe texts, None where they are private: a digest of private text leaks.
+    Attributes:
+        modules: module → score.
+        probe: its name.
+        settings: its settings.
+        seed: of its draws.
+        text_sha256: digest of the probe texts, None where they are private: a digest of private text leaks.
+        base: the model that was probed; None where nobody has said.
+        text: what the texts were: "public: " and a name, "private", or "not stated", which counts as private.
 
     Raises:
         InputError: no module.
@@ -66,6 +74,8 @@ class ProbeScores:
     settings: Mapping[str, Value]
     seed: int
     text_sha256: str | None
+    base: BaseIdentity | None = None
+    text: str = "not stated"
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -89,6 +99,8 @@ class ProbeScores:
             "settings": dict(self.settings),
             "seed": self.seed,
             "text_sha256": self.text_sha256,
+            "text": self.text,
+            "base": None if self.base is None else {"name": self.base.name, "sha256": self.base.sha256},
             "modules": [
                 {
                     "name": name,
@@ -119,16 +131,28 @@ class ProbeScores:
             raise FormatError(f"key 'format' is not {FORMAT!r}", where=path, remedy="give a scores.json")
         probe, settings, seed = content.get("probe"), content.get("settings"), content.get("seed")
         digest, rows = content.get("text_sha256"), content.get("modules")
+        text, base = content.get("text", "not stated"), content.get("base")
         if not (
             isinstance(probe, str)
             and isinstance(settings, dict)
             and isinstance(seed, int)
             and isinstance(digest, str | None)
+            and isinstance(text, str)
+            and isinstance(base, dict | None)
             and isinstance(rows, list)
         ):
             raise FormatError("a key is missing or has the wrong type", where=path, remedy="probe again")
         modules = read_modules(rows, _score_of, where=path, remedy="probe again")
-        return ProbeScores(modules, probe, settings, seed, digest)
+        return ProbeScores(modules, probe, settings, seed, digest, _base_of(base, path), text)
+
+
+def _base_of(row: Mapping[str, object] | None, path: Path) -> BaseIdentity | None:
+    if row is None:
+        return None
+    name, sha256 = row.get("name"), row.get("sha256")
+    if not isinstance(name, str) or not isinstance(sha256, str):
+        raise FormatError("key 'base' lacks 'name' or 'sha256'", where=path, remedy="probe again")
+    return BaseIdentity(name, sha256)
 
 
 def _score_of(row: Mapping[str, object], shape: LayerShape) -> ModuleScore:

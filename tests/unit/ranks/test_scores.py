@@ -6,6 +6,7 @@ import pytest
 
 from treadle.errors import FormatError, InputError
 from treadle.family.plan import LayerShape
+from treadle.models.identity import BaseIdentity
 from treadle.ranks.scores import ModuleScore, ProbeScores
 
 SHAPE = LayerShape(4, 6)
@@ -16,7 +17,8 @@ def scores() -> ProbeScores:
         "b.q": ModuleScore(SHAPE, ((0.1, 0.2), (0.3, 0.4))),
         "a.k": ModuleScore(LayerShape(2, 3), ((1e-9, 1 / 3), (0.0, 7.0))),
     }
-    return ProbeScores(modules, "perturbation", {"trials": 2, "scale": 0.5, "bias": False}, 7, "ab" * 32)
+    base, settings = BaseIdentity("small", "cd" * 32), {"trials": 2, "scale": 0.5, "bias": False}
+    return ProbeScores(modules, "perturbation", settings, 7, "ab" * 32, base, "public: pydoc")
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -29,7 +31,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_private_text_leaves_no_digest(tmp_path: Path) -> None:
     made = scores()
     ProbeScores(made.modules, made.probe, made.settings, made.seed, None).save(tmp_path / "scores.json")
-    assert ProbeScores.load(tmp_path / "scores.json").text_sha256 is None
+    loaded = ProbeScores.load(tmp_path / "scores.json")
+    assert (loaded.text_sha256, loaded.base, loaded.text) == (None, None, "not stated")
 
 
 def test_mean_and_standard_error_by_hand() -> None:
@@ -84,6 +87,9 @@ def row(**changes: object) -> list[object]:
         damaged(modules={}),
         damaged(settings=[]),
         damaged(text_sha256=3),
+        damaged(text=None),
+        damaged(base="small"),
+        damaged(base={"name": "small"}),
         damaged(modules=["b.q"]),
         damaged(modules=row(values="abc")),
         damaged(modules=row(values=[["x"]])),
