@@ -18,6 +18,7 @@ from treadle.privacy.gradients import MicroBatch, per_example_gradients
 from treadle.privacy.noise import SystemRandomness
 from treadle.privacy.plan import DPPlan, Mechanism
 from treadle.progress import Progress, silent
+from treadle.train.attention import quick_attention
 from treadle.train.objectives import Kind, kind_of, summed_loss, weight
 from treadle.train.rows import Row, encoded
 from treadle.train.settings import PrivateSettings
@@ -158,7 +159,7 @@ def private_steps(
     """
     work = _Work(model, lora_B, rows, settings)
     optimizer = _optimizer(lora_B, settings)
-    with eval_mode(model):
+    with eval_mode(model), quick_attention(model, max(row.tokens for row in rows)):
         for step in range(steps):
             gradients = mechanism.gradient(lora_B, work.per_example)
             for name, B in lora_B.items():

@@ -17,6 +17,7 @@ from treadle.family.adapter import Adapter, Provenance, package_versions
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import trainable
 from treadle.progress import Progress, silent
+from treadle.train.attention import quick_attention
 from treadle.train.batches import Step, steps_of
 from treadle.train.checkpoint import Facts, Run
 from treadle.train.objectives import Kind, kind_of, summed_loss, weight
@@ -118,7 +119,12 @@ def train_sft(
     work = _Work(model, rows, steps_of([row.tokens for row in rows], settings), settings)
     facts: Facts = {**settings.decisive(), "data": digest(rows), "family": family.fingerprint, "kind": kind.name}
     shapes = {name: module.shape for name, module in family.plan.modules.items()}
-    with eval_mode(model), unchanged(model, family.lora_A), trainable(model, family.lora_A, shapes) as folded:
+    with (
+        eval_mode(model),
+        quick_attention(model, max(row.tokens for row in rows)),
+        unchanged(model, family.lora_A),
+        trainable(model, family.lora_A, shapes) as folded,
+    ):
         run = Run(facts, folded, _optimizer(folded, settings))
         losses = run.resume(checkpoint_folder) if checkpoint_folder else []
         resumed_at = len(losses)
