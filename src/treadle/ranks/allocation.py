@@ -4,24 +4,24 @@ Everything is computed in rational numbers: the same scores give the same ranks 
 or the machine.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Literal
 
 from treadle.errors import InputError, MismatchError
 from treadle.family.plan import LayerShape, RankPlan
-
-Rule = Literal["largest-remainder", "floor"]
+from treadle.ranks.rules import RuleName, rule_of
+from treadle.ranks.scores import ProbeScores
+from treadle.ranks.ties import Ties, groups_of
 
 _COSTS: Mapping[str, Callable[[LayerShape], int]] = {
     "total": lambda shape: shape.in_features + shape.out_features,
     "trainable": lambda shape: shape.out_features,
     "ranks": lambda _: 1,
 }
-# What a module gets at least where the caller does not say: the paper's rule knows no minimum.
-_MINIMUM: Mapping[Rule, int] = {"largest-remainder": 1, "floor": 0}
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,65 @@ def mean_rank_budget(shapes: Mapping[str, LayerShape], rank: int) -> Budget:
 
 
 @dataclass(frozen=True)
-class _Bounds:
-    """A module on its way to a rank: its score, the price of a rank, and the ranks that it may have."""
+class AllocationSettings:
+    """How a budget is shared out.
 
-    score: Fraction
+    Attributes:
+        rule: by name, see `treadle.ranks.rules`.
+        minimum: least rank of a module; 0 drops modules from the plan; None is the rule's own: 1, for "floor" 0.
+        maximum: largest rank of a module; its layer's smaller side is always a limit.
+        multiple: every rank is a multiple of this.
+        ties: which modules share a rank, see `treadle.ranks.ties`.
+        scaling: alpha/r, the same for every module, so that a rank changes no update's size.
+
+    Raises:
+        InputError: no such rule, or limits that contradict each other.
+    """
+
+    rule: RuleName = "largest-remainder"
+    minimum: int | None = None
+    maximum: int | None = None
+    multiple: int = 1
+    ties: Ties = "none"
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        least, most = self.least, self.maximum
+        if least < 0 or (most is not None and most < max(least, 1)):
+            raise InputError(f"no rank is from {least} to {most}", remedy="use 0 ≤ minimum ≤ maximum and 1 ≤ maximum")
+        if self.multiple < 1:
+            raise InputError(f"no rank is a multiple of {self.multiple}", remedy="use multiple = 1, 2, 4 or 8")
+        if most is not None and self.rounded_up > most:
+            raise InputError(
+                f"no multiple of {self.multiple} is from {max(least, 1)} to {most}",
+                remedy="raise the maximum or use a smaller multiple",
+            )
+
+    @property
+    def least(self) -> int:
+        """The minimum, or the rule's own where none is set."""
+        return rule_of(self.rule).minimum if self.minimum is None else self.minimum
+
+    @property
+    def rounded_up(self) -> int:
+        """The least rank that a module of the plan may have: a multiple, at least 1."""
+        return -(-max(self.least, 1) // self.multiple) * self.multiple
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Modules on their way to one rank: their weight, the price of a rank of all, and the ranks that they may have."""
+
+    name: str
+    members: tuple[str, ...]
+    weight: Fraction
     cost: int
     least: int
     most: int
 
     def at(self, level: Fraction) -> Fraction:
-        """The rank, not yet whole, where one unit of score earns `level` ranks."""
-        return min(max(level * self.score, Fraction(self.least)), Fraction(self.most))
+        """The rank, not yet whole, where one unit of weight earns `level` ranks."""
+        return min(max(level * self.weight, Fraction(self.least)), Fraction(self.most))
 
 
 def allocate(
@@ -72,57 +120,77 @@ def allocate(
     shapes: Mapping[str, LayerShape],
     *,
     budget: Budget,
-    rule: Rule = "largest-remainder",
-    minimum: int | None = None,
-    maximum: int | None = None,
-    scaling: float = 1.0,
+    settings: AllocationSettings | None = None,
 ) -> RankPlan:
-    """The plan whose ranks are proportional to the scores, as far as whole numbers within the budget can be.
+    """The plan whose ranks are in proportion to the scores, as far as whole numbers within the budget can be.
 
-    The ideal ranks r_m = λ·score_m, held between the minimum and the maximum, spend the budget exactly. "floor" cuts
-    them off. "largest-remainder" then raises, one rank at a time, the module that is furthest below its ideal among
-    those that the rest can pay for, until no permitted step is affordable. The budget is never exceeded.
+    The ideal ranks r = λ·weight, held between the minimum and the maximum, spend the budget exactly; the weight is
+    the score or what the rule makes of it. They are cut off to multiples. Then, except under "floor", the group that
+    is furthest below its ideal among those that the rest can pay for is raised by one multiple, again and again,
+    until no permitted step is affordable. The budget is never exceeded. Tied modules have the mean of their weights,
+    by cost, so that together they earn what they would have earned apart.
+
+    The plan's `probe_text` is "not stated": what the scores were made of is the caller's to say (`plan_of_scores`).
 
     Args:
         scores: finite and not negative, a module.
         shapes: the modules that take part, in the model's order.
         budget: what may be spent.
-        rule: "largest-remainder", or "floor", the paper's.
-        minimum: least rank of a module; 0 drops modules from the plan; None is the rule's own: 1, for "floor" 0.
-        maximum: largest rank of a module; its layer's smaller side is always a limit.
-        scaling: alpha/r, the same for every module, so that a rank changes no update's size.
+        settings: by default the largest remainder, ranks from 1 to the layer's smaller side, nothing tied.
 
     Raises:
-        MismatchError: scores and shapes name different modules.
-        InputError: a score is negative or not finite, all are 0, bounds contradict each other, or the budget is
-            below what the minimum costs.
+        MismatchError: scores and shapes name different modules, or a tied module is not planned.
+        InputError: a score is negative or not finite, all are 0, a layer is too small for the multiple, or the budget
+            is below what the minimum costs.
 
     Reference: arXiv 2408.09015, r_m = floor(d_m · r̄·M / Σd), which is "floor" with a budget of r̄·M ranks.
     Deviations: the default budget counts parameters, so layers of different shapes compare; a remainder is spent.
     """
-    lowest = _MINIMUM[rule] if minimum is None else minimum
-    modules = _bounded(scores, shapes, budget, least=lowest, most=maximum)
-    ideal = _ideal_ranks(modules, budget)
-    ranks = {name: math.floor(rank) for name, rank in ideal.items()}
-    if rule == "largest-remainder":
-        _spend_rest(ranks, ideal, modules, budget)
+    chosen = settings or AllocationSettings()
+    groups = _groups(_checked(scores, shapes), shapes, budget, chosen)
+    ideal = _ideal_ranks(groups, budget)
+    ranks = {group: math.floor(ideal[group] / chosen.multiple) * chosen.multiple for group in groups}
+    if rule_of(chosen.rule).spends_rest:
+        _spend_rest(ranks, ideal, budget, chosen.multiple)
     if not any(ranks.values()):
         raise InputError(f"a budget of {budget.value} ({budget.unit}) buys not one rank", remedy="raise the budget")
-    spent = _spent(ranks, modules)
+    own = {name: rank for group, rank in ranks.items() for name in group.members}
+    spent = _spent(ranks)
     provenance = {
-        "allocator": rule,
+        "allocator": chosen.rule,
         "budget": f"{budget.value} {budget.unit}",
+        "minimum": str(chosen.least),
+        "maximum": str(chosen.maximum or "the layer's smaller side"),
+        "multiple": str(chosen.multiple),
+        "ties": chosen.ties if isinstance(chosen.ties, str) else json.dumps(chosen.ties),
         "spent": str(spent),
         "lost": str(budget.value - spent),
-        "dropped": " ".join(name for name, rank in ranks.items() if rank == 0),
+        "dropped": " ".join(name for name in shapes if own[name] == 0),
+        "probe_text": "not stated",
     }
-    return RankPlan.of_ranks(shapes, ranks, scaling=scaling, provenance=provenance)
+    return RankPlan.of_ranks(shapes, own, scaling=chosen.scaling, provenance=provenance)
 
 
-def _bounded(
-    scores: Mapping[str, float], shapes: Mapping[str, LayerShape], budget: Budget, *, least: int, most: int | None
-) -> dict[str, _Bounds]:
-    """Every module with its limits, or the error that says what is wrong with them."""
+def plan_of_scores(scores: ProbeScores, *, budget: Budget, settings: AllocationSettings | None = None) -> RankPlan:
+    """The plan that `allocate` makes of a probe's scores, which says what it comes from: probe, base, text.
+
+    Raises:
+        InputError, MismatchError: as `allocate`.
+    """
+    plan = allocate(scores.means(), scores.shapes(), budget=budget, settings=settings)
+    origin = {
+        "probe": scores.probe,
+        "probe_settings": json.dumps(dict(scores.settings)),
+        "probe_seed": str(scores.seed),
+        "probe_text": scores.text,
+        "probe_text_sha256": scores.text_sha256 or "",
+    }
+    base = {} if scores.base is None else {"base": scores.base.name, "base_sha256": scores.base.sha256}
+    return replace(plan, provenance={**plan.provenance, **base, **origin})
+
+
+def _checked(scores: Mapping[str, float], shapes: Mapping[str, LayerShape]) -> dict[str, Fraction]:
+    """The scores as rational numbers, once nothing is wrong with them."""
     if scores.keys() != shapes.keys():
         stray = sorted(scores.keys() ^ shapes.keys())[0]
         raise MismatchError(f"{stray!r} has a score or a shape, but not both", remedy="score the modules you plan")
@@ -131,53 +199,78 @@ def _bounded(
             raise InputError(f"score {score} is not a finite number from 0", where=name, remedy="probe again")
     if not any(scores.values()):
         raise InputError("every score is 0", remedy="probe with more noise or another output")
-    if least < 0 or (most is not None and most < max(least, 1)):
-        raise InputError(f"no rank is from {least} to {most}", remedy="use 0 ≤ minimum ≤ maximum and 1 ≤ maximum")
-    modules: dict[str, _Bounds] = {}
-    for name, shape in shapes.items():
-        side = min(shape.in_features, shape.out_features)
-        top = side if most is None else min(side, most)
-        modules[name] = _Bounds(Fraction(scores[name]), budget.cost(shape), min(least, top), top)
-    needed = sum(module.cost * module.least for module in modules.values())
+    return {name: Fraction(score) for name, score in scores.items()}
+
+
+def _groups(
+    scores: Mapping[str, Fraction],
+    shapes: Mapping[str, LayerShape],
+    budget: Budget,
+    settings: AllocationSettings,
+) -> list[_Group]:
+    """What gets ranks, with its limits, or the error that says what is wrong with them."""
+    sizes = {name: shape.in_features + shape.out_features for name, shape in shapes.items()}
+    weights = rule_of(settings.rule).weigh(scores, sizes)
+    found: list[_Group] = []
+    for members in groups_of(shapes, settings.ties):
+        costs = {name: budget.cost(shapes[name]) for name in members}
+        total = sum(costs.values())
+        weight = sum((weights[name] * costs[name] for name in members), Fraction(0)) / total
+        least, most = _limits(members, shapes, settings)
+        found.append(_Group(min(members), members, weight, total, least, most))
+    needed = sum(group.cost * group.least for group in found)
     if needed > budget.value:
         raise InputError(
-            f"a budget of {budget.value} ({budget.unit}) is below the {needed} that the minimum rank {least} costs",
+            f"a budget of {budget.value} ({budget.unit}) is below the {needed} that the minimum rank "
+            f"{settings.least} costs",
             remedy="raise it, or let modules be dropped with minimum = 0",
         )
-    return modules
+    return found
 
 
-def _ideal_ranks(modules: Mapping[str, _Bounds], budget: Budget) -> dict[str, Fraction]:
-    """Ranks in proportion to the scores, within their bounds, that cost the budget, or all they may if it is larger."""
+def _limits(members: Sequence[str], shapes: Mapping[str, LayerShape], settings: AllocationSettings) -> tuple[int, int]:
+    """The least and the largest rank that these tied modules may have, both multiples."""
+    side, narrow = min((min(shapes[name].in_features, shapes[name].out_features), name) for name in members)
+    most = side if settings.maximum is None else min(side, settings.maximum)
+    whole = most // settings.multiple * settings.multiple
+    if whole == 0 and settings.least > 0:
+        raise InputError(
+            f"no multiple of {settings.multiple} is a rank of this layer, whose smaller side is {side}",
+            where=narrow,
+            remedy="use a smaller multiple, leave the module out, or let it be dropped with minimum = 0",
+        )
+    return min(settings.rounded_up if settings.least > 0 else 0, whole), whole
+
+
+def _ideal_ranks(groups: Sequence[_Group], budget: Budget) -> dict[_Group, Fraction]:
+    """Ranks in proportion to the weights, within limits, that cost the budget, or all they may if it is larger."""
 
     def cost_at(level: Fraction) -> Fraction:
-        return sum((module.cost * module.at(level) for module in modules.values()), Fraction(0))
+        return sum((group.cost * group.at(level) for group in groups), Fraction(0))
 
-    scored = [module for module in modules.values() if module.score > 0]
-    # Between two neighbouring levels no module meets a bound, so the cost is linear there.
-    levels = sorted({Fraction(bound) / module.score for module in scored for bound in (module.least, module.most)})
+    weighty = [group for group in groups if group.weight > 0]
+    # Between two neighbouring levels no group meets a limit, so the cost is linear there.
+    levels = sorted({Fraction(limit) / group.weight for group in weighty for limit in (group.least, group.most)})
     low, high = 0, len(levels) - 1
     if cost_at(levels[high]) <= budget.value:
-        return {name: module.at(levels[high]) for name, module in modules.items()}
+        return {group: group.at(levels[high]) for group in groups}
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost_at(levels[middle]) <= budget.value else (low, middle)
     start, end = cost_at(levels[low]), cost_at(levels[high])
     level = levels[low] + (levels[high] - levels[low]) * (budget.value - start) / (end - start)
-    return {name: module.at(level) for name, module in modules.items()}
+    return {group: group.at(level) for group in groups}
 
 
-def _spend_rest(
-    ranks: dict[str, int], ideal: Mapping[str, Fraction], modules: Mapping[str, _Bounds], budget: Budget
-) -> None:
+def _spend_rest(ranks: dict[_Group, int], ideal: Mapping[_Group, Fraction], budget: Budget, multiple: int) -> None:
     """Raise ranks, the furthest below its ideal first, until the rest pays for no permitted step."""
-    rest = budget.value - _spent(ranks, modules)
-    while steps := [n for n, module in modules.items() if module.cost <= rest and ranks[n] < module.most]:
-        # Score, then name, settle ties, so that neither order nor chance does.
-        chosen = max(steps, key=lambda name: (ideal[name] - ranks[name], modules[name].score, name))
-        ranks[chosen] += 1
-        rest -= modules[chosen].cost
+    rest = budget.value - _spent(ranks)
+    while steps := [g for g in ranks if g.cost * multiple <= rest and ranks[g] + multiple <= g.most]:
+        # Weight, then name, settle ties, so that neither order nor chance does.
+        chosen = max(steps, key=lambda group: (ideal[group] - ranks[group], group.weight, group.name))
+        ranks[chosen] += multiple
+        rest -= chosen.cost * multiple
 
 
-def _spent(ranks: Mapping[str, int], modules: Mapping[str, _Bounds]) -> int:
-    return sum(modules[name].cost * rank for name, rank in ranks.items())
+def _spent(ranks: Mapping[_Group, int]) -> int:
+    return sum(group.cost * rank for group, rank in ranks.items())

@@ -21,7 +21,7 @@ from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.ranks.allocation import allocate, mean_rank_budget
+from treadle.ranks.allocation import allocate
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.perturbation import perturbation
 from treadle.ranks.scores import ProbeScores
@@ -67,16 +67,7 @@ def probed(
     inputs = ProbeInputs.of_texts(tokenizer, passages, tokens=config.text.tokens)
     shapes = linear_shapes(model, config.modules)
     scores = perturbation(model, inputs, shapes, settings=config.probe, seed=config.seed, progress=progress)
-    ranks = allocate(
-        scores.means(),
-        shapes,
-        budget=config.budget or mean_rank_budget(shapes, config.mean_rank or 1),
-        rule=config.rule,
-        minimum=config.minimum,
-        maximum=config.maximum,
-        scaling=config.scaling,
-    )
-    return scores, ranks
+    return scores, allocate(scores.means(), shapes, budget=config.budget_for(shapes), settings=config.allocation)
 
 
 def _provenance(scores: ProbeScores, base: BaseIdentity, text: ProbeText) -> dict[str, str]:
