@@ -314,6 +314,7 @@ def list_command(folder: Bank, json: Json = False) -> None:
 
     Example: treadle bank list bank
     """
+    from treadle.cli.tables import fleet_content
     from treadle.recipes.inspect import inspect_bank
     from treadle.routing.bank_files import load_bank
 
@@ -334,7 +335,8 @@ def list_command(folder: Bank, json: Json = False) -> None:
         for member in found.members
     ]
     if json:
-        print_json({"bank": found.name, "calibration": found.facts["calibration"], "adapters": rows})
+        content = {"bank": found.name, "calibration": found.facts["calibration"], "adapters": rows}
+        print_json(content | {"privacy": fleet_content(found.privacy)})
         return
     columns = ("name", "path", "method", "data", "epsilon", "base")
     print_table(
@@ -345,6 +347,8 @@ def list_command(folder: Bank, json: Json = False) -> None:
             for member, row in zip(found.members, rows, strict=True)
         ],
     )
+    if found.privacy is not None:
+        say(f"ε of the fleet: {found.privacy.statement}")
 
 
 def _named(text: str) -> tuple[Path, str | None]:

@@ -13,6 +13,7 @@ from treadle.family.family import AdapterFamily
 from treadle.family.plan import RankPlan
 from treadle.recipes.bank import BankChange
 from treadle.recipes.evaluate import Evaluation
+from treadle.recipes.fleet_privacy import FleetPrivacy
 from treadle.recipes.inspect import Inspection, Member
 from treadle.recipes.route import Choice, RouteResult
 from treadle.recipes.train import TrainedAdapter
@@ -83,9 +84,16 @@ def _content(found: Inspection) -> dict[str, object]:
         row["epsilon"] = "none" if member.epsilon is None else member.epsilon
         row["frobenius"] = member.frobenius
         row["modules"] = [asdict(module) | {"share": module.share} for module in member.modules]
-    if found.privacy is not None and found.privacy.reason:
-        content["privacy"] |= {"epsilon_disjoint": "none", "epsilon_shared": "none"}
+    content["privacy"] = fleet_content(found.privacy)
     return content
+
+
+def fleet_content(privacy: FleetPrivacy | None) -> dict[str, object] | None:
+    """What `--json` prints of a fleet's ε; "none" where nothing bounds it."""
+    if privacy is None:
+        return None
+    content = asdict(privacy) | {"statement": privacy.statement}
+    return {key: "none" if value is None else value for key, value in content.items()}
 
 
 def show_inspection(found: Inspection, *, json: bool) -> None:

@@ -22,6 +22,7 @@ from treadle.models.identity import BaseIdentity, StoredTensor, identify_folder,
 from treadle.models.loading import model_folder
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import local_base
+from treadle.recipes.fleet_privacy import FleetPrivacy, fleet_privacy
 from treadle.routing import bank_files
 from treadle.routing.bank import AdapterBank
 from treadle.routing.factors import LayerFactors
@@ -90,28 +91,6 @@ class Member:
     def frobenius(self) -> float:
         """‖ΔW‖_F over all layers."""
         return math.sqrt(sum((row.frobenius or 0.0) ** 2 for row in self.modules))
-
-
-@dataclass(frozen=True)
-class FleetPrivacy:
-    """What a bank's release has spent, as far as its adapters state it.
-
-    Attributes:
-        epsilon_disjoint: the largest ε, true if no person stands behind two adapters; None is "none".
-        epsilon_shared: the sum of all ε, true whoever stands behind them; None is "none".
-        reason: why it is "none", or "".
-    """
-
-    epsilon_disjoint: float | None
-    epsilon_shared: float | None
-    reason: str
-
-    @property
-    def statement(self) -> str:
-        """The same in one line."""
-        if self.reason:
-            return f"none ({self.reason})"
-        return f"{self.epsilon_disjoint:g} if no person stands behind two adapters, {self.epsilon_shared:g} in any case"
 
 
 @dataclass(frozen=True)
@@ -290,20 +269,6 @@ def _update_norms(factors: LayerFactors) -> list[float]:
         for place, square in zip(group.columns.tolist(), squares.tolist(), strict=True):
             found[place] = math.sqrt(max(square, 0.0))
     return found
-
-
-def fleet_privacy(bank: AdapterBank) -> FleetPrivacy:
-    """The ε of releasing the whole bank: "none" as soon as one adapter is unaccounted or own data calibrated it."""
-    silent_members = [adapter.name for adapter in bank.adapters if adapter.provenance.epsilon is None]
-    if silent_members:
-        return FleetPrivacy(None, None, f"{silent_members[0]} states no ε")
-    if bank.statistics is not None and bank.statistics.spends_privacy:
-        return FleetPrivacy(None, None, "the calibration read the adapters' own data")
-    if bank.family.plan.provenance.get("probe_text", "").startswith("private"):
-        return FleetPrivacy(None, None, "the rank plan was probed on private text")
-    statistics = (bank.statistics.epsilon if bank.statistics is not None else None) or 0.0  # of the same rows
-    stated = [(adapter.provenance.epsilon or 0.0) + statistics for adapter in bank.adapters]
-    return FleetPrivacy(max(stated), sum(stated), "")
 
 
 def _size_facts(plan: RankPlan) -> dict[str, str]:

@@ -138,7 +138,13 @@ class TestInspect:
         privacy, members = made["privacy"], made["members"]
         assert isinstance(privacy, dict)
         assert isinstance(members, list)
-        assert privacy["epsilon_shared"] == "none"
+        assert {key: value for key, value in privacy.items() if key.startswith("epsilon")} == {
+            "epsilon_disjoint": "none",
+            "epsilon_shared": "none",
+            "epsilon_everywhere": "none",
+        }
+        assert privacy["statement"] == "none (colours states no ε)"
+        assert parsed("bank", "list", built_bank)["privacy"] == privacy
         assert [member["epsilon"] for member in members] == [3.0, 1.0, "none", "none"]
 
     def test_refusal(self, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from treadle.privacy.accounting import MechanismEvent, epsilon_of
 from treadle.privacy.ledger import Budget, Ledger
 from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.statistics import StatisticsSettings
-from treadle.recipes.inspect import fleet_privacy
+from treadle.recipes.fleet_privacy import fleet_privacy
 from treadle.recipes.statistics import Payer, release_statistics
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank, save_bank

@@ -10,7 +10,8 @@ import pytest
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.recipes.demo import DemoResult
 from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, EvaluationRow, RoutingRow
-from treadle.recipes.inspect import FleetPrivacy, Inspection, Member, ModuleRow
+from treadle.recipes.fleet_privacy import FleetPrivacy
+from treadle.recipes.inspect import Inspection, Member, ModuleRow
 from treadle.recipes.route import Choice, LayerRow, RouteResult, RouteSettings, TokenRow
 from treadle.reports.pages import demo_page, evaluation_page, inspection_page, plan_page, route_page, write_page
 
@@ -111,7 +112,7 @@ PAGES = {
             "base",
             {},
             members=(Member(EVIL, "exact, own A", EVIL, EVIL, None, None, EVIL, True, rows()),),
-            privacy=FleetPrivacy(None, None, EVIL),
+            privacy=FleetPrivacy.none(EVIL),
         )
     ),
     "plan": plan_page(RankPlan(PLAN.modules, {"allocator": EVIL})),

@@ -1,6 +1,7 @@
 """The adapter that a federation made, with what every client spent on it."""
 
 from treadle.family.adapter import Adapter, Provenance, package_versions
+from treadle.privacy.joint import Cost, facts_of_silos, largest
 from treadle.train.federated.federation import Federation, Progressed
 
 COVERS = (
@@ -49,9 +50,8 @@ def federated_adapter(federation: Federation, progressed: Progressed, name: str,
 
 def _provenance(federation: Federation, progressed: Progressed, data: str) -> Provenance:
     members = {name: row for name, row in progressed.members.items() if row.rounds > 0}
-    spent = [row.epsilon for row in members.values()]
-    deltas = [row.delta for row in members.values() if row.delta is not None]
-    accounted = bool(spent) and None not in spent
+    costs = {name: Cost(row.epsilon, row.delta or 0.0) for name, row in members.items()}
+    spent = largest(costs.values())
     variant, rounds = federation.variant, range(1, progressed.server_round + 1)
     settings: dict[str, str | int | float | bool | None] = {
         **federation.work.facts(),
@@ -59,22 +59,20 @@ def _provenance(federation: Federation, progressed: Progressed, data: str) -> Pr
         "aggregation": "exact" if all(map(variant.is_exact, rounds)) else "inexact",
         "weighting": federation.rules.weighting,
         "server_rounds": progressed.server_round,
-        "covers": COVERS if accounted else "none",
+        "covers": COVERS if spent.epsilon is not None else "none",
     }
     if progressed.state.moved:
         own = progressed.state.left_family(federation.family, variant=variant.name)
         settings["family_of_its_A"] = own.fingerprint
     if federation.client_privacy is not None:
         settings |= federation.client_privacy.facts(progressed.server_round)
-    for client, row in members.items():
-        settings[f"rounds of {client}"] = row.rounds
-        settings[f"epsilon of {client}"] = "none" if row.epsilon is None else row.epsilon
-        settings[f"delta of {client}"] = row.delta
+    settings |= {f"rounds of {client}": row.rounds for client, row in members.items()}
+    settings |= facts_of_silos(costs)
     return Provenance(
         method=federation.variant.name,
         data=data,
-        epsilon=max((value for value in spent if value is not None), default=None) if accounted else None,
-        delta=max(deltas, default=None) if accounted else None,
+        epsilon=spent.epsilon,
+        delta=None if spent.epsilon is None else spent.delta,
         seeds={"family": federation.family.seed, "clients": federation.rules.seed},
         settings=settings,
         versions=package_versions(),
