@@ -24,6 +24,7 @@ from treadle.privacy.noise import SystemRandomness
 from treadle.privacy.plan import PrivacySettings
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
+from treadle.recipes.footprint import forget_peak, peak_bytes
 from treadle.train.objectives import Kind, kind_of, summed_loss
 from treadle.train.private import private_steps
 from treadle.train.rows import Row
@@ -136,19 +137,12 @@ def _losses(model: nn.Module, kind: Kind, rows: Sequence[Row]) -> Float[Tensor, 
 def _peak(arm: Arm) -> float | None:
     """The most resident bytes during a step beyond those before it; None where the kernel does not tell."""
     arm()  # the first one allocates what stays
-    gc.collect()
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")
-        before = _kilobytes(status, "VmRSS")
-        arm()
-        return 1024.0 * (_kilobytes(status, "VmHWM") - before)
-    except OSError:
+    device = torch.device("cpu")
+    if not forget_peak(device):
         return None
-
-
-def _kilobytes(status: Path, key: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{key}:"))
+    before = peak_bytes(device)
+    arm()
+    return float(peak_bytes(device) - before)
 
 
 def _seconds(arms: Mapping[str, Arm], rounds: int, base: str, progress: Progress) -> dict[str, float]:

@@ -46,7 +46,7 @@ from treadle.train.settings import PrivateSettings
 NAME = "federated-quality"
 CENTRAL = "central"
 _JUDGED = ("sst2", 3, "severe")
-_BATCH = 64
+_BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ a process of its own opens it, answers requests that go to many adapters, and sa
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from treadle.models.loading import load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.recipes.bench.routing_model_cost import random_bank
+from treadle.recipes.footprint import peak_bytes
 from treadle.routing.bank_files import METADATA, load_bank, save_bank
 from treadle.routing.routed import RoutedModel
 
@@ -89,7 +89,6 @@ def serve() -> None:
         "requests": int(requests),
         "adapters_used": len(used),
         "seconds": time.perf_counter() - start,
-        # The kernel's high-water mark, in kilobytes but for macOS, which counts bytes.
-        "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_resident": peak_bytes(torch.device("cpu")),
     }
     print(json.dumps(row))  # noqa: T201
