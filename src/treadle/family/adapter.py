@@ -60,6 +60,22 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
+def within(plan: RankPlan, provenance: Provenance) -> Provenance:
+    """The provenance of an adapter with these ranks: it states no ε where nothing accounts for the plan.
+
+    Whoever sees the adapter sees its ranks. What its training cost stays among its settings, with the reason.
+    """
+    if not plan.unaccounted or provenance.epsilon is None:
+        return provenance
+    settings = {
+        **provenance.settings,
+        "epsilon_of_training_alone": provenance.epsilon,
+        "delta_of_training_alone": provenance.delta,
+        "no_epsilon_because": plan.unaccounted,
+    }
+    return replace(provenance, epsilon=None, delta=None, settings=settings)
+
+
 def package_versions() -> dict[str, str]:
     """The versions of the packages that shape an adapter."""
     return {name: version(name) for name in _RECORDED_PACKAGES}
@@ -110,7 +126,7 @@ class Adapter:
         task_type: str | None = None,
         transposed: bool = False,
     ) -> "Adapter":
-        """The member of `family` with these lora_B.
+        """The member of `family` with these lora_B; its provenance is what `within` leaves of the one given.
 
         Raises:
             MismatchError: a module is missing, unknown or of a wrong shape.
@@ -129,8 +145,9 @@ class Adapter:
             if not torch.isfinite(lora_B[module]).all():
                 raise FormatError(f"{module!r} holds NaN or Inf", where=name, remedy="train the adapter again")
         ordered = {module: lora_B[module].detach().cpu().float().contiguous() for module in plan.modules}
+        stated = within(plan, provenance)
         return Adapter(
-            name, plan, family.lora_A, ordered, family.fingerprint, family.base, provenance, task_type, transposed
+            name, plan, family.lora_A, ordered, family.fingerprint, family.base, stated, task_type, transposed
         )
 
     def folded_B(self, module: str) -> Tensor:

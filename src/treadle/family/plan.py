@@ -112,6 +112,18 @@ class RankPlan:
         }
         return RankPlan(modules, provenance or {})
 
+    @property
+    def unaccounted(self) -> str:
+        """Why no ε covers the ranks, "" where no text decided them or a public one did.
+
+        Text that nobody has called public counts as private.
+        """
+        text = self.provenance.get("probe_text", "public")
+        if text.startswith("public"):
+            return ""
+        where = "private text" if text.startswith("private") else "text that nobody states to be public"
+        return f"the rank plan was probed on {where}"
+
     def count(self) -> ParameterCount:
         """How many parameters A and B have."""
         return ParameterCount(

@@ -72,13 +72,13 @@ def fleet_privacy(bank: AdapterBank) -> FleetPrivacy:
 
 def _unaccounted(bank: AdapterBank) -> str:
     """What nothing accounts for, or ""."""
+    if bank.family.plan.unaccounted:  # before its adapters, which state no ε for the same reason
+        return bank.family.plan.unaccounted
     for adapter in bank.adapters:
         if largest([_stated(adapter), *_by_silo(adapter)]).epsilon is None:
             return f"{adapter.name} states no ε"
     if bank.statistics is not None and bank.statistics.spends_privacy:
         return "the calibration read the adapters' own data"
-    if bank.family.plan.provenance.get("probe_text", "").startswith("private"):
-        return "the rank plan was probed on private text"
     return ""
 
 

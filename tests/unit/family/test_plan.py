@@ -115,3 +115,16 @@ def test_a_module_twice_is_refused() -> None:
     assert isinstance(rows, list)
     with pytest.raises(FormatError, match="module 'one' stands there twice"):
         RankPlan.from_json(content | {"modules": [rows[0], rows[0]]})
+
+
+@pytest.mark.parametrize(
+    ("provenance", "reason"),
+    [
+        ({}, ""),
+        ({"probe_text": "public: pydoc"}, ""),
+        ({"probe_text": "private"}, "the rank plan was probed on private text"),
+        ({"probe_text": "not stated"}, "the rank plan was probed on text that nobody states to be public"),
+    ],
+)
+def test_a_plan_knows_whether_private_text_decided_it(provenance: dict[str, str], reason: str) -> None:
+    assert RankPlan(RankPlan.uniform({"a": LayerShape(4, 4)}, rank=1).modules, provenance).unaccounted == reason

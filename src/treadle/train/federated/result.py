@@ -1,6 +1,6 @@
 """The adapter that a federation made, with what every client spent on it."""
 
-from treadle.family.adapter import Adapter, Provenance, package_versions
+from treadle.family.adapter import Adapter, Provenance, package_versions, within
 from treadle.privacy.joint import Cost, facts_of_silos, largest
 from treadle.train.federated.federation import Federation, Progressed
 
@@ -42,7 +42,7 @@ def federated_adapter(federation: Federation, progressed: Progressed, name: str,
         lora_B,
         None,
         family.base,
-        provenance,
+        within(family.plan, provenance),
         progressed.task_type,
         progressed.transposed,
     )
