@@ -1,5 +1,8 @@
 """`treadle family`: what all adapters of a fleet share."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from treadle.cli.console import working
@@ -13,11 +16,6 @@ commands = typer.Typer(
 def register(app: typer.Typer) -> None:
     """Add `family` to the command line."""
     app.add_typer(commands, name="family")
-
-
-@commands.callback()
-def group() -> None:
-    """Keep `new` a command of its own, though it is the only one."""
 
 
 @commands.command("new")
@@ -35,3 +33,29 @@ def new_command(run: Run, json: Json = False) -> None:
     with working() as progress:
         family = new_family(config, progress)
     show_family(family, config.out, json=json)
+
+
+@commands.command("resize")
+def resize_command(
+    folder: Annotated[Path, typer.Argument(metavar="FAMILY", help="The family's folder.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="The plan whose ranks it shall have.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the family and the adapters.")],
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", metavar="FOLDER", help="Bring this adapter along; repeat it.")
+    ] = None,
+    alone: Annotated[
+        bool,
+        typer.Option("--alone", help="Cut each adapter by its own best truncation; it then belongs to no family."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Give a family another plan's ranks. Adapters grow without loss; what shrinking loses is said.
+
+    Example: treadle family resize family plan-16/plan.json --adapter adapters/sums --out resized
+    """
+    from treadle.cli.tables import show_resized
+    from treadle.recipes.resize import resize
+
+    with working() as progress:
+        made = resize(folder, plan, out=out, adapters=adapter or [], alone=alone, progress=progress)
+    show_resized(made, json=json)

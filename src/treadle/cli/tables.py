@@ -15,6 +15,7 @@ from treadle.recipes.bank import BankChange
 from treadle.recipes.evaluate import Evaluation
 from treadle.recipes.fleet_privacy import FleetPrivacy
 from treadle.recipes.inspect import Inspection, Member
+from treadle.recipes.resize import ResizedFleet
 from treadle.recipes.route import Choice, RouteResult
 from treadle.recipes.train import TrainedAdapter
 from treadle.routing.calibration import Drift
@@ -191,6 +192,38 @@ def show_family(family: AdapterFamily, folder: Path, *, json: bool) -> None:
         )
         return
     say(f"{folder}: family {family.fingerprint[:12]} over {family.base.name}, {len(family.plan.modules)} modules")
+
+
+def show_resized(made: ResizedFleet, *, json: bool) -> None:
+    """Print what became of a family's adapters at other ranks."""
+    if json:
+        print_json(
+            {
+                "folder": made.folder,
+                "fingerprint": made.family.fingerprint,
+                "adapters": [
+                    {
+                        "name": row.adapter.name,
+                        "family": row.adapter.family,
+                        "error": row.error,
+                        "least_error": row.least_error,
+                        "modules": [asdict(change) | {"error": change.error} for change in row.changes],
+                    }
+                    for row in made.adapters
+                ],
+            }
+        )
+        return
+    for row in made.adapters:
+        lossy = sorted((change for change in row.changes if change.lost > 0), key=lambda change: -change.error)
+        if lossy:
+            columns = ("module", "rank before", "after", "‖ΔW′ − ΔW‖ / ‖ΔW‖", "least possible")
+            rows = [(c.module, c.before, c.after, c.error, c.least / c.norm if c.norm else 0.0) for c in lossy]
+            print_table(f"{row.adapter.name}: what it loses, the largest first", columns, rows)
+        member = "" if row.adapter.family else "; it belongs to no family now"
+        lost = f"relative error {row.error:.3g} (at least {row.least_error:.3g})" if row.error else "the same update"
+        say(f"{row.adapter.name}: {lost}{member}")
+    say(f"{made.folder}: family {made.family.fingerprint[:12]}, {len(made.family.plan.modules)} modules")
 
 
 def show_training(trained: TrainedAdapter, *, json: bool) -> None:
