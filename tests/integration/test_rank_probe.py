@@ -10,7 +10,8 @@ from treadle.family.injection import linear_shapes
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.ranks.allocation import allocate, mean_rank_budget
 from treadle.ranks.inputs import ProbeInputs
-from treadle.ranks.perturbation import PerturbationSettings, _generator, perturbation
+from treadle.ranks.noise import drawn
+from treadle.ranks.perturbation import PerturbationSettings, perturbation
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +33,7 @@ def test_smollm2_is_probed_exactly_and_left_alone(smollm2: Path) -> None:
         with torch.no_grad():
             for ids in inputs.batches:
                 clean = model(input_ids=ids, use_cache=False).logits[:, -1]
-                noise = torch.randn(layer.weight.shape, generator=_generator(0, name, 0, 0))
+                noise = torch.randn(layer.weight.shape, generator=drawn(0, name, 0, 0))
                 layer.weight.add_(noise * layer.weight.std(correction=0))
                 rows.append((model(input_ids=ids, use_cache=False).logits[:, -1] - clean).abs().mean(dim=1))
                 layer.weight.copy_(before[f"{name}.weight"])

@@ -1,7 +1,7 @@
 """The texts that a probe runs, as tokens: batches of equal length, so that no output hangs on padding."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +10,40 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from treadle import files
+from treadle.data.prompts import Example
 from treadle.errors import InputError
+
+IGNORED = -100
+"""The label of a token that is no part of an answer."""
 
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """Token ids, (texts, tokens) a batch, and the SHA-256 of the texts that they came from."""
+    """The texts of a probe, in batches of equal length.
+
+    Attributes:
+        batches: token ids, (texts, tokens) each.
+        text_sha256: the SHA-256 of the texts, and of their answers, that they came from.
+        labels: a batch each, for probes that need answers: the classes, (texts,), or the ids of the tokens that are
+            answered and `IGNORED` elsewhere, (texts, tokens).
+
+    Raises:
+        InputError: there is no batch, or labels stand beside other batches.
+    """
 
     batches: tuple[Int[Tensor, "_texts _tokens"], ...]
     text_sha256: str
+    labels: tuple[Int[Tensor, "_texts *_tokens"], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise InputError("there is no probe text", remedy="give at least one text")
+        shapes = [batch.shape for batch in self.batches]
+        if self.labels is not None and not (
+            len(shapes) == len(self.labels)
+            and all(label.shape == shape[: label.ndim] for shape, label in zip(shapes, self.labels, strict=True))
+        ):
+            raise InputError("texts and labels do not lie side by side", remedy="give each text its own labels")
 
     @staticmethod
     def of_texts(
@@ -29,19 +54,89 @@ class ProbeInputs:
         Raises:
             InputError: no text, a text of fewer than two tokens, or limits below 2 tokens or 1 text.
         """
-        if tokens < 2 or batch < 1:
-            raise InputError(f"cannot probe with {tokens} tokens in batches of {batch}", remedy="use at least 2 and 1")
-        if not texts:
-            raise InputError("there is no probe text", remedy="give at least one text")
-        by_length: dict[int, list[list[int]]] = {}
+        _check_limits(tokens, batch)
+        rows: list[tuple[list[int], list[int] | int | None]] = []
         for index, text in enumerate(texts):
             ids = list(tokenizer(text, truncation=True, max_length=tokens)["input_ids"])
             if len(ids) < 2:
                 raise InputError(f"probe text {index + 1} has fewer than two tokens", remedy="give longer texts")
-            by_length.setdefault(len(ids), []).append(ids)
-        batches = tuple(
-            torch.tensor(rows[start : start + batch])
-            for _, rows in sorted(by_length.items())
-            for start in range(0, len(rows), batch)
+            rows.append((ids, None))
+        return _batched(rows, batch, hashlib.sha256(files.canonical_json(list(texts))).hexdigest())
+
+    @staticmethod
+    def of_examples(
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        *,
+        classes: Mapping[str, int] | None = None,
+        tokens: int = 64,
+        batch: int = 8,
+    ) -> "ProbeInputs":
+        """Prompts with their answers as labels: the last `tokens` tokens of each, batched as texts are.
+
+        Args:
+            tokenizer: the model's.
+            examples: an answer is their completion.
+            classes: a classifier's name → number, `model.config.label2id`; without it the completion is a
+                continuation, which stands behind the prompt and ends with the end of sequence.
+            tokens: at most so many a text.
+            batch: at most so many texts together.
+
+        Raises:
+            InputError: no example, an answer that is empty, too long or no class, or limits as in `of_texts`.
+        """
+        _check_limits(tokens, batch)
+        rows = [
+            _labelled(tokenizer, example, classes, (f"example {index + 1}", tokens))
+            for index, example in enumerate(examples)
+        ]
+        content = [[example.prompt, example.completion] for example in examples]
+        return _batched(rows, batch, hashlib.sha256(files.canonical_json(content)).hexdigest())
+
+
+def _check_limits(tokens: int, batch: int) -> None:
+    if tokens < 2 or batch < 1:
+        raise InputError(f"cannot probe with {tokens} tokens in batches of {batch}", remedy="use at least 2 and 1")
+
+
+def _batched(rows: Sequence[tuple[list[int], list[int] | int | None]], batch: int, text_sha256: str) -> ProbeInputs:
+    """Rows of ids and labels, those of equal length together."""
+    by_length: dict[int, list[tuple[list[int], list[int] | int | None]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row[0]), []).append(row)
+    groups = [
+        same[start : start + batch] for _, same in sorted(by_length.items()) for start in range(0, len(same), batch)
+    ]
+    batches = tuple(torch.tensor([ids for ids, _ in group]) for group in groups)
+    labels = tuple(torch.tensor([label for _, label in group]) for group in groups if group[0][1] is not None)
+    return ProbeInputs(batches, text_sha256, labels or None)
+
+
+def _labelled(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    classes: Mapping[str, int] | None,
+    place: tuple[str, int],
+) -> tuple[list[int], list[int] | int]:
+    where, tokens = place
+    prompt = list(tokenizer(example.prompt)["input_ids"])
+    if classes is not None:
+        answer = example.completion.strip()
+        if answer not in classes:
+            raise InputError(
+                f"{answer!r} is no class of the model", where=where, remedy=f"choose among {', '.join(classes)}"
+            )
+        if len(prompt) < 2:
+            raise InputError("it has fewer than two tokens", where=where, remedy="give longer texts")
+        return prompt[:tokens], int(classes[answer])
+    target = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
+    if not target or not prompt:
+        raise InputError("its prompt or its answer has no token", where=where, remedy="drop it or fill its fields")
+    if isinstance(end := tokenizer.eos_token_id, int):
+        target.append(end)
+    if len(target) >= tokens:
+        raise InputError(
+            f"its answer alone has {len(target)} tokens of {tokens}", where=where, remedy="allow more tokens"
         )
-        return ProbeInputs(batches, hashlib.sha256(files.canonical_json(list(texts))).hexdigest())
+    prompt = prompt[-(tokens - len(target)) :]
+    return prompt + target, [IGNORED] * len(prompt) + target

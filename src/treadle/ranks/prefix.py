@@ -15,21 +15,31 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recording:
-    """The output of the clean run, the blocks with their outputs as they finished, and how many each layer may skip."""
+    """What a clean run did.
+
+    Attributes:
+        output: what it returned.
+        finished: the blocks with their outputs, as they finished.
+        skippable: how many of them each layer may skip.
+        rows: the sizes of the first axis of each layer's inputs, one a call.
+    """
 
     output: Tensor
     finished: tuple[tuple[nn.Module, object], ...]
     skippable: Mapping[str, int]
+    rows: Mapping[str, tuple[int, ...]]
 
 
 def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> Recording:
     """What `run`, which runs the model once, does and in which order."""
     finished: list[tuple[nn.Module, object]] = []
     skippable: dict[str, int] = {}
+    rows: dict[str, tuple[int, ...]] = dict.fromkeys(layers, ())
 
-    def note_first_call(name: str) -> Callable[[nn.Module, object], None]:
-        def hook(_module: nn.Module, _inputs: object) -> None:
+    def note_call(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             skippable.setdefault(name, len(finished))
+            rows[name] += (len(inputs[0]),) if inputs else (0,)  # named inputs come by no position
 
         return hook
 
@@ -40,11 +50,11 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], 
         for block in _blocks(model):
             stack.callback(block.register_forward_hook(note_output).remove)
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(note_first_call(name)).remove)
+            stack.callback(layer.register_forward_pre_hook(note_call(name)).remove)
         output = run()
     for name in layers:
         skippable.setdefault(name, len(finished))
-    return Recording(output, tuple(finished), skippable)
+    return Recording(output, tuple(finished), skippable, rows)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -67,26 +77,31 @@ def skipping(recording: Recording, layer: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for block, output in recording.finished[: recording.skippable[layer]]:
             if calls[block] == 1:
-                stack.enter_context(_replaced(block, output))
+                stack.enter_context(replaced(block, _returning(output)))
         yield
 
 
-@contextlib.contextmanager
-def _replaced(block: nn.Module, output: object) -> Iterator[None]:
-    """`block.forward` returns a copy of `output` until the block ends."""
-    own = block.__dict__.get("forward")  # there if somebody else has wrapped this instance
+def _returning(output: object) -> Callable[..., object]:
+    """A `forward` that does nothing but return a copy of `output`."""
 
     def forward(*_: object, **__: object) -> object:
         return _copied(output)
 
+    return forward
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Until the block ends, the module runs this in place of its own `forward`."""
+    own = module.__dict__.get("forward")  # there if somebody else has wrapped this instance
     try:
-        block.forward = forward
+        module.forward = forward
         yield
     finally:
         if own is None:
-            block.__dict__.pop("forward", None)
+            module.__dict__.pop("forward", None)
         else:
-            block.forward = own
+            module.forward = own
 
 
 def _copied(output: object) -> object:
