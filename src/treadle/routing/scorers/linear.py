@@ -6,7 +6,7 @@ prompt: one pass of the base, head excluded, and 2·N·hidden. Storage an adapte
 It works with `sequence`. Probabilities are over the adapters permitted to the row; one it never saw is ineligible.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from treadle import files
 from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.peft_format import read_tensors
+from treadle.logistic import PENALTIES, fitted
 from treadle.models.identity import BaseIdentity
 from treadle.progress import Progress, silent
 from treadle.routing.bank import AdapterBank
@@ -29,9 +30,6 @@ from treadle.routing.scorers import Scorer
 
 FORMAT = "treadle-linear-router-1"
 METADATA, WEIGHTS = "router.json", "router.safetensors"
-
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""The grid of L2 penalties."""
 
 Texts = Mapping[str, Sequence[str]]
 """Adapter → prompts that belong to it."""
@@ -192,30 +190,6 @@ def fit(
     return LinearRouter(
         base, names, ignored, shift.float(), scale.float(), weight.float(), bias.float(), penalty, accuracy
     )
-
-
-def fitted(
-    features: Float[Tensor, "rows hidden"], labels: Int[Tensor, " rows"], penalty: float
-) -> tuple[Float[Tensor, "classes hidden"], Float[Tensor, " classes"]]:
-    """Weight and bias that minimise mean cross-entropy + penalty/2·‖weight‖², in float64; there is one such weight."""
-    count = int(labels.max()) + 1
-    weight = torch.zeros(count, features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(count, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS(
-        [weight, bias], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        search.zero_grad()
-        value = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels)
-        value = value + 0.5 * penalty * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        step: Callable[[Callable[[], Tensor]], Tensor] = search.step  # type: ignore[assignment]
-        step(loss)
-    return weight.detach(), bias.detach()
 
 
 def pooled(
