@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from treadle import __version__
-from treadle.cli import bank, bench, demo, eval, family, federate, inspect, ledger, models, plan, route, train
+from treadle.cli import audit, bank, bench, demo, eval, family, federate, inspect, ledger, models, plan, route, train
 from treadle.errors import InputError, TreadleError
 
 HELP = """Fleets of LoRA adapters over one frozen base model: planned, trained, banked and routed.
@@ -27,7 +27,10 @@ HELP = """Fleets of LoRA adapters over one frozen base model: planned, trained, 
     treadle route BANK "some text"             which adapter acts where, and why
 """
 
-ORDER = ("models", "plan", "family", "train", "federate", "ledger", "inspect", "bank", "route", "eval", "demo", "bench")
+ORDER = (
+    *("models", "plan", "family", "train", "federate", "ledger", "audit"),
+    *("inspect", "bank", "route", "eval", "demo", "bench"),
+)
 
 
 class Commands(TyperGroup):
@@ -122,7 +125,7 @@ def options(
     """Take the options that stand before a command."""
 
 
-for module in (models, plan, family, train, federate, ledger, inspect, bank, route, eval, demo, bench):
+for module in (models, plan, family, train, federate, ledger, audit, inspect, bank, route, eval, demo, bench):
     module.register(app)
 
 

@@ -1,10 +1,12 @@
 """The TOML of an audit of privacy: what is trained, with how many canaries, and how they are guessed about."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from treadle.configs.toml import RunConfig
+from treadle.configs.train import PrivacyPromise, SourceData, TaskData, kind_of_data
 from treadle.train.settings import PrivateSettings
 
 
@@ -71,3 +73,53 @@ class PrivacyAuditRun(RunConfig):
     left_noise: float = Field(default=0.1, gt=0, lt=1)
     gradients: AuditedTraining
     rows: AuditedTraining
+
+
+class AuditRun(RunConfig):
+    """`treadle audit`: private training as `treadle train` would do it, with canaries whose gradients are made up.
+
+    Attributes:
+        family: the family's folder.
+        data: public rows in the place of the private ones; what is found is printed, and no ledger knows of it.
+        privacy: the promise that is audited. Its noise, rate and steps are those of the real run.
+        dp_sgd: that trainer's settings.
+        base: where the family's base model is, if its own label does not say.
+        canaries: at most as many as lora_B has entries; each in by a fair coin.
+        guesses: as `AuditedTraining`; none for a hundredth and three eighths of the canaries, all guessed to be in.
+        failure: one minus the confidence of each bound.
+        planted: also audit the same training with this share of its noise, a bug that the audit should catch.
+        seed: of the coins, never of noise.
+        device: "auto", "cpu", "cuda", …
+    """
+
+    family: Path
+    data: Annotated[
+        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
+    ]
+    privacy: PrivacyPromise
+    dp_sgd: PrivateSettings = PrivateSettings()
+    base: str | None = None
+    canaries: int = Field(default=4096, ge=2)
+    guesses: tuple[tuple[int, int], ...] = ()
+    failure: float = Field(default=0.05, gt=0, lt=1)
+    planted: float | None = Field(default=None, gt=0, lt=1)
+    seed: int = 0
+    device: str = "auto"
+
+    def training(self, rows: int) -> AuditedTraining:
+        """The audited run over so many rows: as many more canaries as are expected, sampled at the promise's rate.
+
+        Raises:
+            ConfigError: the promise contradicts itself.
+        """
+        rate = self.privacy.settings().sample_rate
+        few, many = max(1, self.canaries // 100), max(1, 3 * self.canaries // 8)
+        return AuditedTraining(
+            rows=rows,
+            canaries=self.canaries,
+            expected_batch=max(1, round(rate * (rows + self.canaries // 2))),
+            steps=self.privacy.steps,
+            max_grad_norm=self.privacy.max_grad_norm,
+            guesses=self.guesses or ((few, 0), (many, 0)),
+            training=self.dp_sgd,
+        )

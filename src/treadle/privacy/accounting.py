@@ -9,8 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, reduce
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from treadle.errors import ConfigError, FormatError, UnavailableError, require
 
@@ -97,22 +97,71 @@ def epsilon_of(events: Sequence[MechanismEvent], *, delta: float, accountant: Ac
 
 @lru_cache(maxsize=1024)
 def _composed(events: tuple[MechanismEvent, ...], delta: float, accountant: Accountant) -> float:
+    with _installed(), _hushed("absl"):
+        # absl would report every Rényi order for which a series does not converge; they are left out
+        found = _renyi(events, delta) if accountant == "rdp" else _distribution(events).get_epsilon_for_delta(delta)
+    return max(0.0, float(found))
+
+
+def _renyi(events: Sequence[MechanismEvent], delta: float) -> float:
+    import dp_accounting as dp
+    from dp_accounting import rdp
+
+    account = rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for event in events:
+        gaussian = dp.GaussianDpEvent(event.noise_multiplier)
+        sampled = gaussian if event.sample_rate == 1 else dp.PoissonSampledDpEvent(event.sample_rate, gaussian)
+        account.compose(sampled, event.steps)
+    return account.get_epsilon(delta)
+
+
+@runtime_checkable
+class _Distribution(Protocol):
+    """What is used of dp-accounting's privacy loss distribution."""
+
+    def compose(self, other: "_Distribution") -> "_Distribution": ...
+    def self_compose(self, num_times: int) -> "_Distribution": ...
+    def get_epsilon_for_delta(self, delta: float) -> float: ...
+
+
+def _distribution(events: Sequence[MechanismEvent]) -> _Distribution:
+    """Of all events together."""
+    interval = _interval(events)
+    parts = [
+        _gaussian(event.noise_multiplier / math.sqrt(event.steps), 1.0, interval)
+        if event.sample_rate == 1
+        else _gaussian(event.noise_multiplier, event.sample_rate, interval).self_compose(event.steps)
+        for event in events
+    ]
+    return reduce(lambda one, other: one.compose(other), parts)
+
+
+@lru_cache(maxsize=16)
+def _gaussian(noise: float, rate: float, interval: float) -> _Distribution:
+    """Of one step. A ledger asks after every round for one round more: most of the work is here, and done once."""
+    import dp_accounting as dp
+    from dp_accounting import pld
+
+    made = pld.privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
+    return cast("_Distribution", made)
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    """A block that needs dp-accounting.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
     try:
-        import dp_accounting as dp
-        from dp_accounting import pld, rdp
+        yield
     except ImportError as error:
         raise UnavailableError("dp-accounting is not installed", remedy="pip install 'treadle[privacy]'") from error
-    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    if accountant == "rdp":
-        account = rdp.RdpAccountant(neighboring_relation=adjacency)
-    else:
-        account = pld.PLDAccountant(adjacency, value_discretization_interval=_interval(events))
-    with _hushed("absl"):  # it reports every Rényi order for which a series does not converge; they are left out
-        for event in events:
-            gaussian = dp.GaussianDpEvent(event.noise_multiplier)
-            sampled = gaussian if event.sample_rate == 1 else dp.PoissonSampledDpEvent(event.sample_rate, gaussian)
-            account.compose(sampled, event.steps)
-        return max(0.0, float(account.get_epsilon(delta)))
 
 
 def _interval(events: Sequence[MechanismEvent]) -> float:

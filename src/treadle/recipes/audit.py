@@ -23,7 +23,13 @@ from treadle.family.injection import linear_shapes, trainable
 from treadle.family.plan import RankPlan
 from treadle.models.heads import with_head
 from treadle.models.loading import identity_of, load_model, load_tokenizer
-from treadle.privacy.audit import sampled_gaussian_loss
+from treadle.privacy.audit import (
+    Guesses,
+    epsilon_lower_bound,
+    gaussian_lower_bound,
+    guessed,
+    sampled_gaussian_loss,
+)
 from treadle.privacy.noise import PrivateRandomness
 from treadle.privacy.plan import DPPlan, PrivacySettings
 from treadle.progress import Progress, silent
@@ -44,7 +50,7 @@ class Subject:
     """What is trained.
 
     Attributes:
-        model: a classifier of two classes.
+        model: the base; for `audit_rows` a classifier of two classes.
         tokenizer: the model's.
         family: of the adapter.
         examples: the rows, in an order that is fixed.
@@ -109,7 +115,7 @@ def audit_gradients(
     momentum the last B is the sum of the releases.
 
     Args:
-        subject: what is trained.
+        subject: what is trained; any kind of model.
         training: sizes.
         plan: by which it is trained.
         believed: what the attacker takes the plan to be.
@@ -135,6 +141,40 @@ def audit_gradients(
         FINAL: -last,
     }
     return canaries.members, scores
+
+
+def with_less_noise(claimed: DPPlan, share: float) -> DPPlan:
+    """What a bug would do: no plan under-noises, so this one promises next to nothing, and is run under the claim."""
+    return DPPlan(replace(claimed.settings, epsilon=1e9), share * claimed.noise_multiplier)
+
+
+def all_guesses(training: AuditedTraining, scores: Scores, members: Members) -> list[Guesses]:
+    """How an attacker with these scores does, at each pair of numbers of guesses."""
+    return [guessed(scores, members, included=most, excluded=least) for most, least in training.guesses]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What guesses refute.
+
+    Attributes:
+        epsilon: that the mechanism does not keep; 0 where nothing is refuted.
+        if_gaussian: the same, if its whole trade-off is that of one Gaussian.
+        guesses: of the way of guessing that refutes most.
+    """
+
+    epsilon: float
+    if_gaussian: float
+    guesses: Guesses
+
+
+def bound_of(tried: Sequence[Guesses], *, delta: float, failure: float) -> Bound:
+    """The largest lower bound of several ways of guessing; each has its share of the permitted failures."""
+    share = failure / len(tried)
+    bounds = [epsilon_lower_bound(guesses, delta=delta, failure=share) for guesses in tried]
+    best = max(range(len(tried)), key=lambda i: bounds[i])
+    gaussian = max(gaussian_lower_bound(way, delta=delta, failure=share) for way in tried)
+    return Bound(bounds[best], gaussian, tried[best])
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,10 @@ def _inspect_family(path: Path, named: str | None, progress: Progress) -> Inspec
         "fingerprint": family.fingerprint,
         "base sha256": family.base.sha256,
         "A drawn by": f"{family.init}, seed {family.seed}",
+        **{f"A made from: {key}": value for key, value in family.origin.items()},
         "lora_A sha256": sha256_of(path / family_files.WEIGHTS),
         **_size_facts(family.plan),
+        **({"ε of whatever is trained in it": f"none ({family.plan.unaccounted})"} if family.plan.unaccounted else {}),
         **{f"plan: {key}": value for key, value in family.plan.provenance.items()},
     }
     return Inspection("family", path.resolve().name, family.base.name, facts, rows, notes=notes)
@@ -288,6 +290,8 @@ def _numbered(module: str) -> list[tuple[int, str]]:
 
 def _provenance_facts(provenance: Provenance) -> dict[str, str]:
     epsilon = "none" if provenance.epsilon is None else f"{provenance.epsilon:g} at δ = {provenance.delta:g}"
+    if "no_epsilon_because" in provenance.settings:
+        epsilon = f"none ({provenance.settings['no_epsilon_because']})"
     facts = {"method": provenance.method, "data": provenance.data or "not stated", "ε": epsilon}
     if provenance.data_sha256:
         facts["data sha256"] = provenance.data_sha256

@@ -17,6 +17,7 @@ from treadle.family.plan import RankPlan
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.recipes import public_pca as module
 from treadle.recipes.family import new_family
+from treadle.recipes.inspect import inspect
 from treadle.recipes.public_pca import public_pca
 from treadle.routing.calibration.text import ignored_tokens
 
@@ -68,6 +69,8 @@ def test_a_public_text_is_recorded_by_name_and_digest_and_no_path(base: Path) ->
     assert (stored["init"], stored["seed"]) == ("public-pca", 4)
     assert stored["origin"] == {"text": "public.txt", "text_sha256": digest}
     assert str(base) not in (base / "family" / METADATA).read_text()
+    facts = inspect(base / "family").facts
+    assert (facts["A made from: text"], facts["A made from: text_sha256"]) == ("public.txt", digest)
     assert "origin" not in json.loads((new_saved(base, "weight-svd") / METADATA).read_text())
 
 

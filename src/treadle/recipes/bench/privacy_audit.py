@@ -10,7 +10,7 @@ Batches and noise come from the operating system, as a silo's do, so that no two
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -21,21 +21,24 @@ from treadle.data.prompts import Example
 from treadle.data.public_text import public_texts
 from treadle.data.tasks import load_task
 from treadle.errors import InputError
-from treadle.privacy.audit import Guesses, epsilon_lower_bound, gaussian_lower_bound, guessed
+from treadle.privacy.audit import Guesses
 from treadle.privacy.noise import SystemRandomness
-from treadle.privacy.plan import DPPlan
 from treadle.progress import Progress, silent
 from treadle.randomness import uniform
 from treadle.recipes.audit import (
     EVERY_STEP,
     FINAL,
+    Bound,
     Members,
     Scores,
     Subject,
+    all_guesses,
     audit_gradients,
     audit_rows,
+    bound_of,
     claimed_plan,
     subject,
+    with_less_noise,
 )
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.train.canaries import coins
@@ -127,7 +130,7 @@ def _run(config: PrivacyAuditRun, trained: Subject, arm: Arm, seed: int, progres
 
     training = _training(config, arm)
     claimed = claimed_plan(training, epsilon=arm.epsilon, delta=config.delta)
-    plan = _with_less_noise(claimed, config.left_noise) if arm.planted else claimed
+    plan = with_less_noise(claimed, config.left_noise) if arm.planted else claimed
     if arm.kind == "rows":
         losses = audit_rows(trained, training, plan, seed=seed, randomness=SystemRandomness(), progress=told)
         found: dict[str, object] = {
@@ -140,18 +143,13 @@ def _run(config: PrivacyAuditRun, trained: Subject, arm: Arm, seed: int, progres
         )
         found = {
             "right": {
-                attack: [guess.right for guess in _all_guesses(training, score, members)]
+                attack: [guess.right for guess in all_guesses(training, score, members)]
                 for attack, score in scores.items()
             }
         }
     facts = {"kind": arm.kind, "epsilon": arm.claim, "planted": arm.planted, "seed": seed}
     noise = {"noise_multiplier": plan.noise_multiplier, "sample_rate": plan.sample_rate, "steps": plan.steps}
     return {**facts, "commit": commit(), "data_sha256": data_sha256(trained.examples), **noise, **found}
-
-
-def _with_less_noise(claimed: DPPlan, share: float) -> DPPlan:
-    """What a bug would do: no plan under-noises, so this one promises next to nothing, and is run under the claim."""
-    return DPPlan(replace(claimed.settings, epsilon=1e9), share * claimed.noise_multiplier)
 
 
 def _key(run: Run) -> tuple[Arm, int]:
@@ -163,10 +161,6 @@ def _training(config: PrivacyAuditRun, arm: Arm) -> AuditedTraining:
     return config.rows if arm.kind == "rows" else config.gradients
 
 
-def _all_guesses(training: AuditedTraining, scores: Scores, members: Members) -> list[Guesses]:
-    return [guessed(scores, members, included=most, excluded=least) for most, least in training.guesses]
-
-
 def summary(config: PrivacyAuditRun, runs: Sequence[Run]) -> BenchmarkResult:
     """The figures of finished runs: a bound an arm and attack, each at the configured confidence by itself."""
     rows: list[dict[str, object]] = []
@@ -174,8 +168,9 @@ def summary(config: PrivacyAuditRun, runs: Sequence[Run]) -> BenchmarkResult:
     for arm in arms(config):
         mine = {_key(run)[1]: run for run in runs if _key(run)[0] == arm}
         for attack, tried in _attacks(config, arm, mine).items():
-            found[arm, attack] = _bound(config, tried)[0]
-            rows.append(_row(config, arm, attack, tried) | {"seeds": len(mine)})
+            bound = bound_of(tried, delta=config.delta, failure=config.failure)
+            found[arm, attack] = bound.epsilon
+            rows.append(_row(config, arm, attack, bound) | {"seeds": len(mine)})
     complete = all((arm, seed) in {_key(run) for run in runs} for arm in arms(config) for seed in config.seeds)
     metrics = _metrics(found)
     settings = config.model_dump(mode="json") | {"data_sha256": sorted({str(run["data_sha256"]) for run in runs})}
@@ -203,13 +198,13 @@ def _attacks(config: PrivacyAuditRun, arm: Arm, runs: Mapping[int, Run]) -> dict
     attacks = {
         attack: [
             Guesses.pooled(tried)
-            for tried in zip(*(_all_guesses(training, scores[s], members[s]) for s in runs), strict=True)
+            for tried in zip(*(all_guesses(training, scores[s], members[s]) for s in runs), strict=True)
         ]
         for attack, scores in plain.items()
     }
     if len(runs) > 1:
         shadowed = {s: _shadows(after, members, target=s) - after[s] for s in runs}
-        tried = [_all_guesses(training, shadowed[s], members[s]) for s in runs]
+        tried = [all_guesses(training, shadowed[s], members[s]) for s in runs]
         attacks[AGAINST_SHADOWS] = [guesses for of_seed in tried for guesses in of_seed]
     return attacks
 
@@ -227,28 +222,17 @@ def _shadows(after: Mapping[int, Scores], members: Mapping[int, Members], *, tar
     return (losses * unseen).sum(axis=0) / unseen.sum(axis=0)
 
 
-def _bound(config: PrivacyAuditRun, tried: Sequence[Guesses]) -> tuple[float, Guesses]:
-    """The largest lower bound of several ways of guessing, and that way; each has its share of the failures."""
-    failure = config.failure / len(tried)
-    bounds = [epsilon_lower_bound(guesses, delta=config.delta, failure=failure) for guesses in tried]
-    best = max(range(len(tried)), key=lambda i: bounds[i])
-    return bounds[best], tried[best]
-
-
-def _row(config: PrivacyAuditRun, arm: Arm, attack: str, tried: Sequence[Guesses]) -> dict[str, object]:
-    bound, guesses = _bound(config, tried)
-    failure = config.failure / len(tried)
-    gaussian = max(gaussian_lower_bound(way, delta=config.delta, failure=failure) for way in tried)
+def _row(config: PrivacyAuditRun, arm: Arm, attack: str, bound: Bound) -> dict[str, object]:
     return {
         "attack": attack,
         "attacker": SEES[attack],
         "epsilon_claimed": arm.claim,
         "noise_left": config.left_noise if arm.planted else 1.0,
-        "epsilon_at_least": bound,
-        "epsilon_at_least_if_gaussian": gaussian,
-        "canaries": guesses.canaries,
-        "guesses": guesses.made,
-        "right": guesses.right,
+        "epsilon_at_least": bound.epsilon,
+        "epsilon_at_least_if_gaussian": bound.if_gaussian,
+        "canaries": bound.guesses.canaries,
+        "guesses": bound.guesses.made,
+        "right": bound.guesses.right,
     }
 
 
