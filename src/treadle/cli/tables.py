@@ -10,16 +10,20 @@ from pathlib import Path
 
 from treadle.cli.console import print_json, print_table, remark, say
 from treadle.family.family import AdapterFamily
-from treadle.family.plan import RankPlan
 from treadle.recipes.bank import BankChange
 from treadle.recipes.evaluate import Evaluation
 from treadle.recipes.fleet_privacy import FleetPrivacy
 from treadle.recipes.inspect import Inspection, Member
+from treadle.recipes.plan import Planned
+from treadle.recipes.rank_peers import Peer, ranks_of
 from treadle.recipes.resize import ResizedFleet
 from treadle.recipes.route import Choice, RouteResult
 from treadle.recipes.train import TrainedAdapter
+from treadle.reports.layers import placed
 from treadle.routing.calibration import Drift
 from treadle.train.private import PrivateResult
+
+_ENDS = 5  # highest and lowest scores that a table shows
 
 
 def show_bank_change(change: BankChange, *, json: bool) -> None:
@@ -165,15 +169,40 @@ def _shares(shares: Mapping[str | None, float]) -> str:
     return ", ".join(f"{name or 'base'} {share:.0%}" for name, share in list(shares.items())[:3])
 
 
-def show_plan(plan: RankPlan, folder: Path, *, json: bool) -> None:
-    """Print a rank plan that stands in `folder`."""
-    if json:
-        print_json({"folder": folder, "parameters": asdict(plan.count()), **plan.to_json()})
-        return
-    rows = [(name, m.rank, m.scaling, m.in_features, m.out_features) for name, m in plan.modules.items()]
-    print_table("ranks", ("module", "rank", "scaling", "in", "out"), rows)
+def show_plan(made: Planned, *, json: bool) -> None:
+    """Print a rank plan: ranks by layer and kind, the ends of the order of scores, and its peers."""
+    plan, scores = made.plan, made.scores.modules
     count = plan.count()
-    say(f"{len(rows)} modules, {count.lora_B:,} parameters in B and {count.lora_A:,} in A: {folder}")
+    if json:
+        content = {"folder": made.folder, "parameters": asdict(count), **plan.to_json()}
+        rows = {name: {"mean": s.mean, "standard_error": s.standard_error} for name, s in scores.items()}
+        peers = [{key: value for key, value in vars(peer).items() if key != "scores"} for peer in made.peers]
+        print_json(content | {"scores": rows, "peers": peers})
+        return
+    ranks = ranks_of(plan, made.scores)
+    places = placed(list(ranks))
+    kinds, layers = (list(dict.fromkeys(place[side] for place in places.values())) for side in (1, 0))
+    cells = {place: ranks[name] for name, place in places.items()}
+    print_table("ranks", ("layer", *kinds), [(row, *(cells.get((row, kind)) for kind in kinds)) for row in layers])
+    order = sorted(scores, key=lambda name: -scores[name].mean)
+    ends = order if len(order) <= 2 * _ENDS else [*order[:_ENDS], *order[-_ENDS:]]
+    columns = ("module", "score", "standard error", "rank")
+    rows = [(name, scores[name].mean, scores[name].standard_error, ranks[name]) for name in ends]
+    print_table(f"highest and lowest scores by {made.scores.probe}", columns, rows)
+    if made.peers:
+        columns = ("peer", "largest rank", "parameters", "Spearman of ranks", "of scores", "parameters moved")
+        print_table("peers at the same budget", columns, [_peer(peer) for peer in made.peers])
+    say(
+        f"{len(plan.modules)} modules, {count.lora_B:,} parameters in B and {count.lora_A:,} in A, "
+        f"{plan.provenance['lost']} of {plan.provenance['budget']} left: {made.folder}"
+    )
+    if plan.unaccounted:
+        remark(f"ε of every adapter and fleet on this plan: none ({plan.unaccounted})")
+
+
+def _peer(peer: Peer) -> tuple[object, ...]:
+    largest = max(peer.ranks.values())
+    return (peer.name, largest, peer.parameters, peer.rank_correlation, peer.score_correlation, peer.moved)
 
 
 def show_family(family: AdapterFamily, folder: Path, *, json: bool) -> None:

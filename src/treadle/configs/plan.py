@@ -2,15 +2,30 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from treadle.configs.toml import RunConfig
+from treadle.configs.train import SourceData, TaskData, kind_of_data
+from treadle.errors import InputError
 from treadle.family.plan import LayerShape
 from treadle.ranks.allocation import AllocationSettings, Budget, mean_rank_budget
 from treadle.ranks.perturbation import PerturbationSettings
+from treadle.ranks.probes import PROBES, ProbeSettings
 from treadle.ranks.rules import RuleName
 from treadle.ranks.ties import Ties
+
+
+def _named_probe(table: object) -> object:
+    """The settings of the probe that a table names, "perturbation" where it names none."""
+    if not isinstance(table, Mapping):
+        return table
+    settings = {str(key): value for key, value in table.items()}
+    name = str(settings.pop("name", "perturbation"))
+    if name not in PROBES:
+        raise InputError(f"key 'probe.name': no such probe {name!r}", remedy=f"choose among {', '.join(PROBES)}")
+    return TypeAdapter(type(PROBES[name]())).validate_python(settings)
 
 
 class ProbeText(RunConfig):
@@ -18,9 +33,10 @@ class ProbeText(RunConfig):
 
     Attributes:
         source: "pydoc", or a file as `public_texts` reads it.
-        sequences: passages at most.
+        sequences: passages, or examples, at most.
         tokens: length to which each is cut.
-        public: whether the text may be known. A plan probed on private text says so, and carries no digest of it.
+        public: whether the text may be known. A plan probed on private text says so, carries no digest of it, and
+            takes the ε from every adapter and every fleet on it.
     """
 
     source: str = "pydoc"
@@ -77,8 +93,10 @@ class PlanRun(Shares):
         out: folder for plan.json and scores.json.
         modules: kinds of layers, such as "q_proj"; without it, all Linear and Conv1D layers below the head.
         seed: of the noise and of the choice of passages.
-        probe: AdaRank's settings.
+        probe: a probe's name and its settings; without a name "perturbation", the paper's.
         text: the probe text.
+        examples: prompts with answers that are probed instead of passages, for a probe that needs labels.
+        compare: peers that the plan is held against, see `treadle.recipes.rank_peers`.
         device: "auto", "cpu", "cuda", …
         overwrite: whether a folder at `out` is replaced.
     """
@@ -87,10 +105,23 @@ class PlanRun(Shares):
     out: Path
     modules: tuple[str, ...] | None = Field(default=None, min_length=1)
     seed: int = 0
-    probe: PerturbationSettings = PerturbationSettings()
+    probe: Annotated[ProbeSettings, BeforeValidator(_named_probe)] = PerturbationSettings()
     text: ProbeText = ProbeText()
+    examples: (
+        Annotated[Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)]
+        | None
+    ) = None
+    compare: tuple[str, ...] = ()
     device: str = "auto"
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _examples_are_declared(self) -> "PlanRun":
+        if self.examples is not None and "public" not in self.text.model_fields_set:
+            raise ValueError("[examples] are probed: say whether they may be known with text.public = true or false")
+        if self.examples is not None and "source" in self.text.model_fields_set:
+            raise ValueError("[examples] are probed instead of text.source; delete one of the two")
+        return self
 
 
 class Replan(Shares):
@@ -99,9 +130,13 @@ class Replan(Shares):
     Attributes:
         scores: a scores.json of `treadle plan`.
         out: folder for plan.json and a copy of the scores.
+        base: catalogue name, folder or hub id of the base, to be held against the one that the scores are of.
+        compare: peers that need no probe, or whose scores stand beside `scores`.
         overwrite: whether a folder at `out` is replaced.
     """
 
     scores: Path
     out: Path
+    base: str | None = None
+    compare: tuple[str, ...] = ()
     overwrite: bool = False

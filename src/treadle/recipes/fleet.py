@@ -24,10 +24,13 @@ from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
+from treadle.ranks.allocation import plan_of_scores
+from treadle.ranks.inputs import ProbeInputs
+from treadle.ranks.probes import probe_scores
 from treadle.recipes.bank import store_bank
 from treadle.recipes.calibration import PublicSource, calibration_of
 from treadle.recipes.family import store_family
-from treadle.recipes.plan import PLAN, SCORES, probed
+from treadle.recipes.plan import PLAN, SCORES, stated
 from treadle.recipes.train import task_examples
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import METADATA, load_bank
@@ -116,7 +119,10 @@ def _plan(config: FleetRun, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         probe=config.probe,
     )
     text = public_texts("pydoc", limit=config.probe_texts, words=config.probe_words, seed=config.seed)
-    scores, plan = probed(asked, model, tokenizer, text.passages, progress)
+    inputs, shapes = ProbeInputs.of_texts(tokenizer, text.passages, tokens=asked.text.tokens), linear_shapes(model)
+    found = probe_scores(model, inputs, shapes, settings=config.probe, seed=config.seed, progress=progress)
+    scores = stated(found, asked, identity_of(config.base))
+    plan = plan_of_scores(scores, budget=asked.budget_for(shapes), settings=asked.allocation)
     scores.save(config.out / SCORES)
     plan.save(path)
     return plan

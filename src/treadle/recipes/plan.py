@@ -2,82 +2,167 @@
 
 for each module m, alone:
     shake W_m by noise of its own deviation, twice     d_m = mean |outputs − outputs'|, over texts and trials
-    put W_m back
-r_m ∝ d_m,  Σ c_m r_m ≤ budget
+    put W_m back                                       (or another probe's score)
+r_m ∝ d_m,  Σ c_m r_m ≤ budget                         (or another rule's share; tied modules share a rank)
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.configs.plan import PlanRun, ProbeText
+from treadle.configs.plan import PlanRun, Replan, Shares
 from treadle.data.public_text import public_texts
-from treadle.errors import InputError
+from treadle.errors import InputError, MismatchError
 from treadle.family.injection import linear_shapes
-from treadle.family.plan import RankPlan
+from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.ranks.allocation import allocate
+from treadle.ranks.allocation import allocate, plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
-from treadle.ranks.perturbation import perturbation
+from treadle.ranks.partial import PartialProbe
+from treadle.ranks.probes import ProbeSettings, probe_scores
 from treadle.ranks.scores import ProbeScores
+from treadle.recipes.rank_peers import Peer, check_names, is_probe, name_of, peer_of, settings_of
+from treadle.recipes.train import examples_of
+from treadle.train.objectives import Kind, kind_of
 
 PLAN, SCORES = "plan.json", "scores.json"
 
 
-def plan(config: PlanRun, progress: Progress = silent) -> RankPlan:
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the scores that it was made of, and the peers that it is held against; all of it stands in `folder`."""
+
+    folder: Path
+    plan: RankPlan
+    scores: ProbeScores
+    peers: tuple[Peer, ...] = ()
+
+
+def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     """The plan for `config.base`, also written as plan.json, with scores.json beside it, in the folder `config.out`.
 
+    An interrupted probe has left its values in a file beside `config.out`, and the next run goes on from there.
+
     Raises:
-        InputError: `config.out` exists, or the model, text or budget cannot be used.
-        UnavailableError: the base must be fetched and cannot be, or the disk refuses.
+        InputError: `config.out` exists, or the model, text, budget or a peer cannot be used.
+        UnavailableError: the base must be fetched and cannot be, memory does not suffice, or the disk refuses.
     """
-    if config.out.exists() and not config.overwrite:  # said before minutes of work, not after
-        raise InputError("already exists", where=config.out, remedy="choose another name or set overwrite")
-    base, text = identity_of(config.base), config.text
-    # Two words a token, so that even a passage of half that length fills its tokens.
-    passages = public_texts(text.source, limit=text.sequences, words=2 * text.tokens, seed=config.seed).passages
+    _check_out(config.out, overwrite=config.overwrite)
+    check_names(config.compare, rule=config.rule, probe=name_of(config.probe))
+    base = identity_of(config.base)
     tokenizer, model = load_tokenizer(config.base), load_model(config.base, device=config.device)
-    scores, shared = probed(config, model, tokenizer, passages, progress)
-    if not text.public:
-        scores = replace(scores, text_sha256=None)
-    made = replace(shared, provenance={**shared.provenance, **_provenance(scores, base, text)})
-    with files.new_folder(config.out, overwrite=config.overwrite) as folder:
-        scores.save(folder / SCORES)
-        made.save(folder / PLAN)
+    shapes = linear_shapes(model, config.modules)
+    _ = _shared(dict.fromkeys(shapes, 1.0), shapes, config)  # what no score can mend is said before minutes of work
+    inputs = probe_inputs(config, model, tokenizer)
+    begun: list[Path] = []
+
+    def probed(settings: ProbeSettings) -> ProbeScores:
+        path = config.out.with_name(f".{config.out.name}.{name_of(settings)}.probe")
+        begun.append(path)
+        scores = probe_scores(
+            model, inputs, shapes, settings=settings, seed=config.seed, progress=progress, partial=PartialProbe(path)
+        )
+        return stated(scores, config, base)
+
+    budget = config.budget_for(shapes)
+    mean_rank = budget.value // sum(map(budget.cost, shapes.values()))
+    scores = probed(config.probe)
+    others = {name: probed(settings_of(name, mean_rank=mean_rank)) for name in config.compare if is_probe(name)}
+    made = _stored(config, scores, others)
+    for path in begun:
+        path.unlink(missing_ok=True)
     return made
 
 
-def probed(
-    config: PlanRun,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    passages: Sequence[str],
-    progress: Progress = silent,
-) -> tuple[ProbeScores, RankPlan]:
-    """The scores of the configured modules on these passages, and the ranks that they earn within the budget.
+def replan(config: Replan) -> Planned:
+    """The plan that saved scores give, also written, with the scores, in the folder `config.out`; nothing is probed.
 
     Raises:
-        InputError: no such module, a passage that is too short, or a budget that cannot be met.
+        InputError: `config.out` exists, the scores are damaged or say no base, or the budget cannot be met.
+        MismatchError: the scores are of another base than `config.base`.
     """
-    inputs = ProbeInputs.of_texts(tokenizer, passages, tokens=config.text.tokens)
-    shapes = linear_shapes(model, config.modules)
-    scores = perturbation(model, inputs, shapes, settings=config.probe, seed=config.seed, progress=progress)
-    return scores, allocate(scores.means(), shapes, budget=config.budget_for(shapes), settings=config.allocation)
+    _check_out(config.out, overwrite=config.overwrite)
+    scores = ProbeScores.load(config.scores)
+    check_names(config.compare, rule=config.rule, probe=scores.probe)
+    if scores.base is None:
+        raise InputError("does not say which base was probed", where=config.scores, remedy="probe again")
+    if config.base is not None and (given := identity_of(config.base)) != scores.base:
+        raise MismatchError(
+            f"scores of {scores.base.name!r}, whose weights are not those of {given.name!r}",
+            where=config.scores,
+            remedy="name that base or probe again",
+        )
+    others = {name: _beside(config.scores, name, scores) for name in config.compare if is_probe(name)}
+    return _stored(config, scores, others)
 
 
-def _provenance(scores: ProbeScores, base: BaseIdentity, text: ProbeText) -> dict[str, str]:
-    source = "pydoc" if text.source == "pydoc" else "file"
-    return {
-        "base": base.name,
-        "base_sha256": base.sha256,
-        "probe": scores.probe,
-        "probe_settings": json.dumps(dict(scores.settings)),
-        "probe_seed": str(scores.seed),
-        "probe_text": f"public: {source}" if text.public else "private",
-        "probe_text_sha256": scores.text_sha256 or "",
-    }
+def _beside(path: Path, name: str, scores: ProbeScores) -> ProbeScores:
+    """The scores of another probe of the same modules, which an earlier plan has left beside its own."""
+    beside = path.with_name(f"scores-{name}.json")
+    if not beside.exists():
+        raise InputError(
+            f"there is no {beside.name} beside the scores, and {name!r} needs the model",
+            where=path,
+            remedy=f"run treadle plan RUN.toml --compare {name}",
+        )
+    found = ProbeScores.load(beside)
+    if (found.base, found.shapes(), found.probe) != (scores.base, scores.shapes(), name):
+        raise MismatchError(
+            "scores of another base, other modules or another probe", where=beside, remedy="probe again"
+        )
+    return found
+
+
+def probe_inputs(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ProbeInputs:
+    """What the probe reads: passages of the configured text, or the configured examples with their answers.
+
+    Raises:
+        InputError: the text or the examples cannot be read, or one is too short.
+    """
+    text = config.text
+    if config.examples is not None:
+        examples = examples_of(config.examples, shares={}, seed=config.seed)[: text.sequences]
+        classifies = kind_of(model) is Kind.CLASSIFIER
+        classes = {name: int(n) for name, n in (model.config.label2id or {}).items()} if classifies else None
+        return ProbeInputs.of_examples(tokenizer, examples, classes=classes, tokens=text.tokens)
+    # Two words a token, so that even a passage of half that length fills its tokens.
+    found = public_texts(text.source, limit=text.sequences, words=2 * text.tokens, seed=config.seed)
+    return ProbeInputs.of_texts(tokenizer, found.passages, tokens=text.tokens)
+
+
+def stated(scores: ProbeScores, config: PlanRun, base: BaseIdentity) -> ProbeScores:
+    """The scores, saying of which base they are and what was read; of private text they keep no digest."""
+    if not config.text.public:
+        return replace(scores, base=base, text="private", text_sha256=None)
+    source = "pydoc" if config.examples is None and config.text.source == "pydoc" else "file"
+    return replace(scores, base=base, text=f"public: {source}")
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if out.exists() and not overwrite:  # said before minutes of work, not after
+        raise InputError("already exists", where=out, remedy="choose another name or set overwrite")
+
+
+def _shared(scores: Mapping[str, float], shapes: Mapping[str, LayerShape], config: Shares) -> RankPlan:
+    return allocate(scores, shapes, budget=config.budget_for(shapes), settings=config.allocation)
+
+
+def _stored(config: PlanRun | Replan, scores: ProbeScores, others: Mapping[str, ProbeScores]) -> Planned:
+    """The plan and its peers, once they are written; `others` are the scores of the peers that are probes."""
+    budget, settings = config.budget_for(scores.shapes()), config.allocation
+    made = plan_of_scores(scores, budget=budget, settings=settings)
+    peers = [
+        peer_of(name, scores, made, budget=budget, settings=settings, measured=others.get(name))
+        for name in config.compare
+    ]
+    with files.new_folder(config.out, overwrite=config.overwrite) as folder:
+        scores.save(folder / SCORES)
+        made.save(folder / PLAN)
+        for name, found in others.items():
+            found.save(folder / f"scores-{name}.json")
+    return Planned(config.out, made, scores, tuple(peers))

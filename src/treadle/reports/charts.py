@@ -46,7 +46,8 @@ def heat_map(
     columns = list(dict.fromkeys(column for _, column in cells))
     top = highest or max((abs(cell.value) for cell in cells.values()), default=0.0) or 1.0
     left = 16 + 6.5 * max(map(len, [*rows, row_head]), default=1)
-    width = max(56.0, 14 + 6.5 * max(map(len, columns), default=1))
+    longest = max((len(cell.text) for cell in cells.values()), default=1)
+    width = max(56.0, 14 + 6.5 * max(map(len, columns), default=1), 8 + 6.2 * longest)
     parts = [_text(left + (place + 0.5) * width, 14.0, column, "middle") for place, column in enumerate(columns)]
     parts.append(_text(left - 8, 14.0, row_head, "end", "muted"))
     for down, row in enumerate(rows):

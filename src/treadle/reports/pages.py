@@ -7,7 +7,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from treadle import __version__, files
-from treadle.family.plan import RankPlan
 from treadle.recipes.demo import DemoResult
 from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, EvaluationRow
 from treadle.recipes.inspect import Inspection, ModuleRow
@@ -42,7 +41,7 @@ def inspection_page(found: Inspection) -> str:
         maps.append(("Where it changes the model", _change_map(found.modules, found.name)))
     if found.modules:
         ranks = {row.module: row.rank for row in found.modules}
-        maps.append(("Ranks", _rank_map(ranks)))
+        maps.append(("Ranks", rank_map(ranks)))
     return rendered("inspection.html.jinja", {"found": found, "maps": maps, "updated": updated})
 
 
@@ -60,23 +59,11 @@ def _change_map(rows: Sequence[ModuleRow], name: str) -> Markup:
     return Markup('<p class="axis">{}</p>').format(what) + heat_map(cells, title=f"{what} of {name}", row_head="layer")
 
 
-def _rank_map(ranks: Mapping[str, int]) -> Markup:
+def rank_map(ranks: Mapping[str, int]) -> Markup:
+    """A map of layers × kinds of modules."""
     places = placed(list(ranks))
     cells = {places[module]: Cell(float(rank), str(rank), f"{module}: rank {rank}") for module, rank in ranks.items()}
     return heat_map(cells, title="rank of every layer", row_head="layer")
-
-
-def plan_page(plan: RankPlan) -> str:
-    """The page of a rank plan."""
-    ranks = {module: row.rank for module, row in plan.modules.items()}
-    count = plan.count()
-    facts = {
-        "modules": str(len(ranks)),
-        "parameters of B": f"{count.lora_B:,}",
-        "parameters of A": f"{count.lora_A:,}",
-        **plan.provenance,
-    }
-    return rendered("plan.html.jinja", {"facts": facts, "chart": _rank_map(ranks)})
 
 
 def route_page(result: RouteResult) -> str:
@@ -149,7 +136,7 @@ def demo_page(result: DemoResult) -> str:
         "fingerprint": result.fingerprint,
         "overlap": result.overlap,
         "seconds": result.seconds,
-        "plan": _rank_map({module: row.rank for module, row in result.plan.modules.items()}),
+        "plan": rank_map({module: row.rank for module, row in result.plan.modules.items()}),
         "modules": len(result.plan.modules),
         "parameters": count.lora_B,
         "legend": legend(tints),

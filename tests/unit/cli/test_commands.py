@@ -12,8 +12,12 @@ from treadle.configs.demo import DemoRun
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.plan import PlanRun
 from treadle.family.plan import LayerShape, RankPlan
+from treadle.models.identity import BaseIdentity
+from treadle.ranks.allocation import Budget, plan_of_scores
+from treadle.ranks.scores import ModuleScore, ProbeScores
 from treadle.recipes.demo import DemoResult
 from treadle.recipes.evaluate import Evaluation, EvaluationRow, RoutingRow
+from treadle.recipes.plan import Planned
 
 runner = CliRunner()
 
@@ -76,23 +80,35 @@ class TestModels:
 
 class TestPlanFamilyTrain:
     def test_plan(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        plan = RankPlan.uniform({"model.layers.0.q_proj": LayerShape(8, 8)}, rank=2)
+        module = {"model.layers.0.q_proj": ModuleScore(LayerShape(8, 8), ((0.25,),))}
+        base = BaseIdentity("small", "ab" * 32)
+        scores = ProbeScores(module, "perturbation", {}, 0, None, base, "public: pydoc")
+        made = plan_of_scores(scores, budget=Budget("ranks", 2))
         asked: list[PlanRun] = []
 
-        def fake(config: PlanRun, progress: object) -> RankPlan:
+        def fake(config: PlanRun, progress: object) -> Planned:
             asked.append(config)
-            return plan
+            return Planned(config.out, made, scores)
 
         monkeypatch.setattr("treadle.recipes.plan.plan", fake)
         run = tmp_path / "plan.toml"
         run.write_text('base = "smollm2-135m"\nout = "plan"\nmean_rank = 8\n')
-        made = parsed("plan", run, "--html", tmp_path / "plan.html")
-        assert made["parameters"] == {"lora_A": 16, "lora_B": 16}
-        assert asked[0].mean_rank == 8
+        told = parsed("plan", run, "--html", tmp_path / "plan.html", "--compare", "uniform,jacobian")
+        assert told["parameters"] == {"lora_A": 16, "lora_B": 16}
+        assert told["scores"] == {"model.layers.0.q_proj": {"mean": 0.25, "standard_error": 0.0}}
+        assert (asked[0].mean_rank, asked[0].compare) == (8, ("uniform", "jacobian"))
         assert "rank 2" in (tmp_path / "plan.html").read_text()
         assert "1 modules" in done("plan", run).stdout
         run.write_text('base = "smollm2-135m"\nout = "plan"\nmean_rank = 8\nwidth = 3\n')
         assert f"{run}: key 'width'" in refused("plan", run)
+
+        scores.save(tmp_path / "scores.json")
+        line = ("plan", "--from", tmp_path / "scores.json", "--out", tmp_path / "again")
+        again = parsed(*line, "--budget", "48", "--rule", "sqrt", "--ties", "kind", "--compare", "uniform")
+        assert again["parameters"] == {"lora_A": 24, "lora_B": 24}
+        assert [peer["name"] for peer in again["peers"]] == ["uniform"]  # type: ignore[index, union-attr]
+        assert "already exists" in refused(*line, "--mean-rank", "2")
+        assert "0 of 16 total left" in done(*line, "--mean-rank", "1", "--overwrite").stdout
 
     def test_family_and_train(self, small_fleet: Path, tmp_path: Path) -> None:
         from treadle.family.family import AdapterFamily

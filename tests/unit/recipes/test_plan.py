@@ -1,22 +1,25 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.family import FamilyRun
-from treadle.configs.plan import PlanRun, ProbeText
+from treadle.configs.plan import PlanRun, ProbeText, Replan
 from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, InputError, MismatchError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.ranks.allocation import Budget
+from treadle.ranks.jacobian import JacobianSettings
 from treadle.ranks.perturbation import PerturbationSettings
+from treadle.ranks.probes import PROBES
 from treadle.ranks.scores import ProbeScores
 from treadle.recipes.family import new_family
-from treadle.recipes.plan import plan
+from treadle.recipes.plan import plan, replan
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def run(base: Path, tmp_path: Path) -> PlanRun:
 
 
 def test_the_plan_spends_its_budget_and_is_written(run: PlanRun, tiny_llama: LlamaForCausalLM) -> None:
-    made = plan(run)
-    shapes = linear_shapes(tiny_llama)
+    planned = plan(run)
+    made, shapes = planned.plan, linear_shapes(tiny_llama)
     made.check(shapes)
     uniform = RankPlan.uniform(shapes, rank=3).count().total
     cheapest = min(shape.in_features + shape.out_features for shape in shapes.values())
@@ -56,12 +59,13 @@ def test_the_plan_spends_its_budget_and_is_written(run: PlanRun, tiny_llama: Lla
     assert sorted(path.name for path in run.out.iterdir()) == ["plan.json", "scores.json"]
     assert RankPlan.load(run.out / "plan.json") == made
     scores = ProbeScores.load(run.out / "scores.json")
+    assert scores == planned.scores
     assert scores.shapes() == shapes
     assert all(len(score.values) == 2 and len(score.values[0]) == 3 for score in scores.modules.values())
 
 
 def test_the_plan_says_where_it_comes_from_and_names_no_folder(run: PlanRun, tmp_path: Path) -> None:
-    made = plan(run)
+    made = plan(run).plan
     assert made.provenance["base"] == "small"
     assert made.provenance["probe_text"] == "public: pydoc"
     assert made.provenance["probe_text_sha256"] == ProbeScores.load(run.out / "scores.json").text_sha256
@@ -70,21 +74,21 @@ def test_the_plan_says_where_it_comes_from_and_names_no_folder(run: PlanRun, tmp
 
 
 def test_the_same_seed_gives_the_same_plan(run: PlanRun, tmp_path: Path) -> None:
-    first = plan(run)
-    assert plan(run.model_copy(update={"out": tmp_path / "again"})) == first
+    first = plan(run).plan
+    assert plan(run.model_copy(update={"out": tmp_path / "again"})).plan == first
     names = ("plan.json", "scores.json")
     assert all((run.out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
-    other = plan(run.model_copy(update={"out": tmp_path / "other", "seed": 1}))
+    other = plan(run.model_copy(update={"out": tmp_path / "other", "seed": 1})).plan
     assert other.provenance["probe_text_sha256"] != first.provenance["probe_text_sha256"]
 
 
 def test_kinds_budgets_and_rules_reach_the_plan(run: PlanRun) -> None:
     changes = {"modules": ("q_proj", "v_proj"), "mean_rank": None, "budget": Budget("ranks", 9), "maximum": 3}
-    made = plan(run.model_copy(update=changes))
+    made = plan(run.model_copy(update=changes)).plan
     assert {name.rsplit(".", 1)[-1] for name in made.modules} == {"q_proj", "v_proj"}
     assert sum(module.rank for module in made.modules.values()) == 9
     assert max(module.rank for module in made.modules.values()) <= 3
-    floor = plan(run.model_copy(update={**changes, "rule": "floor", "overwrite": True}))
+    floor = plan(run.model_copy(update={**changes, "rule": "floor", "overwrite": True})).plan
     assert sum(module.rank for module in floor.modules.values()) + int(floor.provenance["lost"]) == 9
 
 
@@ -92,7 +96,7 @@ def test_private_text_is_marked_and_leaves_no_digest(run: PlanRun, tmp_path: Pat
     secret = tmp_path / "ward-seven.txt"
     secret.write_text("the question is not who but why " * 20, encoding="utf-8")
     text = ProbeText(source=str(secret), sequences=2, tokens=6, public=False)
-    made = plan(run.model_copy(update={"text": text}))
+    made = plan(run.model_copy(update={"text": text})).plan
     assert made.provenance["probe_text"] == "private"
     assert made.provenance["probe_text_sha256"] == ""
     assert ProbeScores.load(run.out / "scores.json").text_sha256 is None
@@ -108,7 +112,7 @@ def test_an_existing_folder_is_refused_before_any_work(run: PlanRun) -> None:
     assert kept.read_text() == "mine"
 
 
-def test_an_interrupted_probe_leaves_nothing_behind(run: PlanRun) -> None:
+def test_an_interrupted_probe_goes_on_where_it_stopped(run: PlanRun, tmp_path: Path) -> None:
     def interrupt(_description: str, done: int, _total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -116,7 +120,13 @@ def test_an_interrupted_probe_leaves_nothing_behind(run: PlanRun) -> None:
     with pytest.raises(KeyboardInterrupt):
         plan(run, interrupt)
     assert not run.out.exists()
-    assert not list(run.out.parent.glob(".plan*"))
+    assert not list(run.out.parent.glob(".plan*.part"))
+    (begun,) = run.out.parent.glob(".plan.*.probe")
+    measured = begun.read_bytes()
+    resumed = plan(run)
+    assert not begun.exists()
+    assert measured
+    assert plan(run.model_copy(update={"out": tmp_path / "at once"})).plan == resumed.plan
 
 
 def test_progress_counts_up_to_the_end(run: PlanRun) -> None:
@@ -146,12 +156,24 @@ def test_the_toml_is_the_configuration(tmp_path: Path) -> None:
     run = load_toml(path, PlanRun)
     assert run.budget == Budget("trainable", 1000)
     assert run.probe == PerturbationSettings(trials=1, compare="pristine")
+    path.write_text(TOML.replace('trials = 1\ncompare = "pristine"', "name = 'jacobian'\nprojections = 3"))
+    assert load_toml(path, PlanRun).probe == JacobianSettings(projections=3)
+    path.write_text(TOML.replace('budget = {unit = "trainable", value = 1000}', "mean_rank = 4\nties = [['q', 'k']]"))
+    assert load_toml(path, PlanRun).allocation.ties == (("q", "k"),)
     assert (run.text.source, run.text.sequences, run.modules) == ("pydoc", 4, ("q_proj",))
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("trials = 1", "name = 'guess'", "key 'probe.name': no such probe 'guess'; choose among perturbation"),
+        ("trials = 1", "name = 'jacobian'", "probe.compare"),
+        ('modules = ["q_proj"]', "multiple = 8\nmaximum = 4", "no multiple of 8 is from 1 to 4"),
+        ('modules = ["q_proj"]', "minimum = 9\nmaximum = 4", "no rank is from 9 to 4"),
+        ('modules = ["q_proj"]', "multiple = 0", "multiple"),
+        ('modules = ["q_proj"]', 'ties = "all"', "ties"),
+        ("[text]", "[examples]\ntask = 't'\n[text]", "say whether they may be known"),
+        ("[text]", "[examples]\ntask = 't'\n[text]\npublic = true\nsource = 'pydoc'", "delete one of the two"),
         ("trials = 1", "trials = 0", "0 trials"),
         ("trials = 1", "trails = 1", "probe.trails"),
         ("trials = 1", "trials = 'many'", "probe.trials"),
@@ -175,7 +197,7 @@ def test_wrong_keys_are_named(tmp_path: Path, old: str, new: str, message: str) 
 
 
 def test_a_plan_becomes_a_family(run: PlanRun, base: Path, tmp_path: Path) -> None:
-    made = plan(run)
+    made = plan(run).plan
     config = FamilyRun(base=str(base), plan=run.out / "plan.json", out=tmp_path / "family", seed=4)
     family = new_family(config)
     assert family.plan == made
@@ -188,6 +210,112 @@ def test_a_plan_becomes_a_family(run: PlanRun, base: Path, tmp_path: Path) -> No
     assert new_family(moved).fingerprint == family.fingerprint
     other = new_family(config.model_copy(update={"out": tmp_path / "other", "init": "orthonormal"}))
     assert other.fingerprint != family.fingerprint
+
+
+def test_any_probe_makes_a_plan(run: PlanRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"w{40 + i}", "label": "yes"}) + "\n" for i in range(4)))
+    examples = {"source": str(rows), "prompt": "say {text} .", "completion": " {label}"}
+    for name in PROBES:
+        if name == "eva":
+            continue  # needs more rows of input than this little text has, and says so
+        table = {"probe": {"name": name}, "text": {"sequences": 2, "tokens": 8}, "out": tmp_path / name}
+        if name == "gradient":
+            table |= {"examples": examples, "text": {"sequences": 2, "tokens": 8, "public": True}}
+        made = plan(PlanRun.model_validate(dict(run) | table)).plan
+        assert made.provenance["probe"] == name
+        assert made.provenance["probe_text"] == ("public: file" if name == "gradient" else "public: pydoc")
+
+
+def test_peers_share_out_the_same_budget(run: PlanRun) -> None:
+    names = ("uniform", "floor", "sqrt", "jacobian", "eva")
+    text = ProbeText(sequences=8, tokens=16)  # of which EVA has rows enough for twice the mean rank
+    made = plan(run.model_copy(update={"compare": names, "text": text}))
+    peers = {peer.name: peer for peer in made.peers}
+    assert tuple(peers) == names
+    spent = {name: peer.parameters for name, peer in peers.items()}
+    total = made.plan.count().total
+    cheapest = min(shape.in_features + shape.out_features for shape in made.scores.shapes().values())
+    limit = int(made.plan.provenance["budget"].split()[0])
+    assert all(limit - cheapest < spent[name] <= limit for name in names if name != "floor")
+    assert spent["floor"] <= limit
+    assert peers["uniform"].rank_correlation is None or abs(peers["uniform"].rank_correlation) < 1
+    assert peers["uniform"].scores is peers["floor"].scores is peers["floor"].score_correlation is None
+    assert 0 < peers["sqrt"].moved < peers["uniform"].moved  # roots lie between the scores and all the same
+    assert peers["jacobian"].scores is not None
+    assert peers["jacobian"].score_correlation is not None
+    sizes = {name: shape.in_features + shape.out_features for name, shape in made.scores.shapes().items()}
+    for peer in made.peers:
+        own = {name: row.rank for name, row in made.plan.modules.items()}
+        gained = sum(sizes[n] * max(0, rank - own.get(n, 0)) for n, rank in peer.ranks.items())
+        assert gained - peer.moved == peer.parameters - total  # what one side lacks, the other has
+    assert sorted(path.name for path in run.out.iterdir()) == [
+        "plan.json",
+        "scores-eva.json",
+        "scores-jacobian.json",
+        "scores.json",
+    ]
+
+
+def test_saved_scores_are_planned_with_again(run: PlanRun, base: Path, tmp_path: Path) -> None:
+    first = plan(run.model_copy(update={"compare": ("jacobian",)}))
+    saved = run.out / "scores.json"
+    again = replan(Replan(scores=saved, out=tmp_path / "again", mean_rank=3, base=str(base)))
+    assert again.plan == first.plan
+    assert (tmp_path / "again" / "plan.json").read_bytes() == (run.out / "plan.json").read_bytes()
+    other = replan(
+        Replan(scores=saved, out=tmp_path / "other", mean_rank=6, ties="kind", multiple=2, compare=("jacobian",))
+    )
+    ranks = {(name.rsplit(".", 1)[-1], row.rank) for name, row in other.plan.modules.items()}
+    assert len(ranks) == len({kind for kind, _ in ranks})
+    assert all(rank % 2 == 0 for _, rank in ranks)
+    assert other.peers[0].scores == first.peers[0].scores
+    config = FamilyRun(base=str(base), plan=tmp_path / "other" / "plan.json", out=tmp_path / "family")
+    assert new_family(config).plan == other.plan
+
+
+def test_a_private_probe_stays_private_when_planned_with_again(run: PlanRun, tmp_path: Path) -> None:
+    secret = tmp_path / "wards.txt"
+    secret.write_text("the question is not who but why " * 20, encoding="utf-8")
+    text = ProbeText(source=str(secret), sequences=2, tokens=6, public=False)
+    plan(run.model_copy(update={"text": text, "compare": ("jacobian",)}))
+    again = replan(Replan(scores=run.out / "scores-jacobian.json", out=tmp_path / "again", mean_rank=2))
+    assert again.plan.provenance["probe_text"] == "private"
+    assert again.plan.unaccounted == "the rank plan was probed on private text"
+
+
+def test_scores_that_cannot_be_planned_with(run: PlanRun, tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
+    made = plan(run)
+    saved, out = run.out / "scores.json", tmp_path / "again"
+    tiny_llama.model.norm.weight.data[0] += 1
+    tiny_llama.save_pretrained(tmp_path / "changed")
+    with pytest.raises(MismatchError, match="scores of 'small', whose weights are not those of 'changed'"):
+        replan(Replan(scores=saved, out=out, mean_rank=3, base=str(tmp_path / "changed")))
+    with pytest.raises(InputError, match=r"no scores-jacobian.json beside the scores, and 'jacobian' needs the model"):
+        replan(Replan(scores=saved, out=out, mean_rank=3, compare=("jacobian",)))
+    made.scores.save(run.out / "scores-jacobian.json")
+    with pytest.raises(MismatchError, match="another probe"):
+        replan(Replan(scores=saved, out=out, mean_rank=3, compare=("jacobian",)))
+    replace(made.scores, base=None).save(tmp_path / "nobody.json")
+    with pytest.raises(InputError, match="does not say which base was probed"):
+        replan(Replan(scores=tmp_path / "nobody.json", out=out, mean_rank=3))
+    assert not out.exists()
+
+
+def test_what_no_score_can_mend_is_said_before_the_probe(run: PlanRun) -> None:
+    def never(_description: str, _done: int, _total: int) -> None:
+        raise AssertionError("probed")
+
+    for changes, message in (
+        ({"budget": Budget("total", 9), "mean_rank": None}, "below the"),
+        ({"multiple": 64}, "no multiple of 64 is a rank"),
+        ({"ties": "qk", "modules": ("q_proj",)}, "no planned module is a 'k_proj' to tie"),
+        ({"compare": ("adalora",)}, "no such peer 'adalora'; choose among uniform"),
+        ({"compare": ("perturbation",)}, "'perturbation' is in the comparison already"),
+        ({"compare": ("uniform", "uniform")}, "'uniform' is in the comparison already"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan(run.model_copy(update=changes), never)
 
 
 def test_a_plan_of_another_base_makes_no_family(

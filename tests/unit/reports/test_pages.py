@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from treadle.family.plan import LayerShape, RankPlan
+from treadle.ranks.scores import ModuleScore, ProbeScores
 from treadle.recipes.demo import DemoResult
 from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, EvaluationRow, RoutingRow
 from treadle.recipes.fleet_privacy import FleetPrivacy
 from treadle.recipes.inspect import Inspection, Member, ModuleRow
+from treadle.recipes.plan import Planned
+from treadle.recipes.rank_peers import Peer
 from treadle.recipes.route import Choice, LayerRow, RouteResult, RouteSettings, TokenRow
-from treadle.reports.pages import demo_page, evaluation_page, inspection_page, plan_page, route_page, write_page
+from treadle.reports.pages import demo_page, evaluation_page, inspection_page, route_page, write_page
+from treadle.reports.plans import plan_page
 
 EVIL = "<script>alert('x')</script><img src=x onerror=\"alert(1)\">&amp;"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -101,6 +105,20 @@ def result(*, granularity: str, winner: str | None = "films") -> RouteResult:
 
 PLAN = RankPlan.uniform({f"model.layers.{i}.q_proj": LayerShape(8, 8) for i in range(3)}, rank=2)
 
+SCORES = ProbeScores(
+    {f"model.layers.{i}.q_proj": ModuleScore(LayerShape(8, 8), ((0.001 * (i + 1), 0.003),)) for i in range(3)},
+    "perturbation",
+    {},
+    0,
+    None,
+)
+PEER = Peer(EVIL, None, dict(zip(SCORES.modules, (1, 2, 3), strict=True)), 96, 16, 0.5, None)
+
+
+def planned(text: str, *peers: Peer) -> Planned:
+    return Planned(Path("plan"), RankPlan(PLAN.modules, {"allocator": EVIL, "probe_text": text}), SCORES, peers)
+
+
 PAGES = {
     "adapter": inspection_page(Inspection("adapter", "sums", EVIL, {EVIL: EVIL}, rows(), notes=(EVIL,))),
     "adapter without its base": inspection_page(Inspection("adapter", "sums", EVIL, {}, rows(None))),
@@ -115,7 +133,8 @@ PAGES = {
             privacy=FleetPrivacy.none(EVIL),
         )
     ),
-    "plan": plan_page(RankPlan(PLAN.modules, {"allocator": EVIL})),
+    "plan": plan_page(planned("private")),
+    "plan with a peer": plan_page(planned("public: pydoc", PEER)),
     "route by sequence": route_page(result(granularity="sequence")),
     "route by token": route_page(result(granularity="token")),
     "route to the base": route_page(result(granularity="sequence", winner=None)),
@@ -144,6 +163,16 @@ def test_figures_are_the_given_ones() -> None:
     route = PAGES["route by sequence"]
     assert "films: films 1.50, sums -0.50" in route
     assert "2.000 ahead of sums" in checked_page(route).text
+
+
+def test_a_plan_shows_scores_ranks_and_peers() -> None:
+    alone, beside = (checked_page(PAGES[name]).text for name in ("plan", "plan with a peer"))
+    # the means of (1, 3), (2, 3) and (3, 3) thousandths, and half their differences
+    assert all(cell in alone for cell in ("2.00 ±1.00", "2.50 ±0.50", "3.00 ±0.00"))
+    assert "none (the rank plan was probed on private text)" in alone
+    assert "spends no privacy" in beside
+    assert "16 (17%)" in beside
+    assert "rank 3, in the plan 2" in PAGES["plan with a peer"]
 
 
 def test_adapters_keep_one_colour_from_legend_to_token() -> None:
