@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from treadle.cli.bank_history import rollback_command, versions_command
+from treadle.cli.bank_measure import measure_command
 from treadle.cli.console import print_json, print_table, remark, say, working
 from treadle.cli.options import Bank, Base, Caller, Data, Json, Policy
 from treadle.errors import InputError
@@ -33,6 +34,14 @@ Own = Annotated[
         help="An adapter's own text instead of public text, for every adapter; the fleet's ε is then none.",
     ),
 ]
+Released = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--released",
+        metavar="NAME=FILE",
+        help="What an adapter's silo released by `treadle bank measure`, for every adapter; adds its ε.",
+    ),
+]
 LabelsOption = Annotated[
     list[str] | None,
     typer.Option("--label", metavar="KEY=VALUE", help="What the adapters are cleared for, for policies; repeat it."),
@@ -53,6 +62,7 @@ def register(app: typer.Typer) -> None:
     """Add `bank` to the command line."""
     commands.command("versions")(versions_command)
     commands.command("rollback")(rollback_command)
+    commands.command("measure")(measure_command)
     app.add_typer(commands, name="bank")
 
 
@@ -86,7 +96,7 @@ def build_command(
         raise InputError("--own and --method analytic", where="--own", remedy="pass one of them")
     paths = [AdapterPath(*_named(text)) for text in adapters]
     public = None if calibrate == "none" else PublicSource(calibrate, field=field, method=method)
-    source = OwnSource(_own_texts(own), field=field) if own else public
+    source = OwnSource(_by_name(own, "--own"), field=field) if own else public
     with working() as progress:
         change = build_bank(folder, family, paths, source=source, access=access, base=base, progress=progress)
     show_bank_change(change, json=json)
@@ -189,13 +199,14 @@ def remove_command(
 def calibrate_command(
     folder: Bank,
     method: Annotated[
-        Literal["public", "analytic", "own", "traffic"] | None,
-        typer.Option(help="How: public unless --own or --traffic says otherwise."),
+        Literal["public", "analytic", "own", "private", "traffic"] | None,
+        typer.Option(help="How: public unless --own, --released or --traffic says otherwise."),
     ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="TEXT", help="pydoc, or a .txt, .jsonl or .csv file of public text.")
     ] = "pydoc",
     own: Own = None,
+    released: Released = None,
     traffic: Traffic = None,
     tenant: Tenant = None,
     if_stale: Annotated[
@@ -209,15 +220,21 @@ def calibrate_command(
 
     Example: treadle bank calibrate bank --method analytic --text encyclopedia.jsonl
 
+    Example: treadle bank calibrate bank --released triage=triage.norms.json --released coding=coding.norms.json
+
     Example: treadle bank calibrate bank --method traffic --traffic prompts.jsonl --tenant clinic --if-stale
     """
     from treadle.cli.tables import show_bank_change
     from treadle.recipes.bank import calibrate_bank
-    from treadle.recipes.calibration import OwnSource, PublicSource, TrafficSource
+    from treadle.recipes.calibration import OwnSource, PublicSource, ReleasedSource, TrafficSource
 
-    chosen = method or ("own" if own else "traffic" if traffic and not if_stale else "public")
-    if bool(own) != (chosen == "own"):
-        raise InputError(f"--method {chosen} and --own", where="--own", remedy="--own goes with --method own alone")
+    given = {"own": own, "private": released, "traffic": traffic and not if_stale}
+    chosen = method or next((name for name, value in given.items() if value), "public")
+    for name, option, value in (("own", "--own", own), ("private", "--released", released)):
+        if bool(value) != (chosen == name):
+            raise InputError(
+                f"--method {chosen} and {option}", where=option, remedy=f"{option} goes with --method {name} alone"
+            )
     if bool(traffic) != (chosen == "traffic" or if_stale):
         raise InputError(
             f"--method {chosen} and --traffic", where="--traffic", remedy="it goes with --method traffic or --if-stale"
@@ -226,7 +243,9 @@ def calibrate_command(
     if seen is not None and chosen == "traffic":
         source = seen
     elif own:
-        source = OwnSource(_own_texts(own), field=field)
+        source = OwnSource(_by_name(own, "--own"), field=field)
+    elif released:
+        source = ReleasedSource({name: Path(file) for name, file in _by_name(released, "--released").items()})
     else:
         source = PublicSource(text, field=field, method="analytic" if chosen == "analytic" else "public")
     with working() as progress:
@@ -364,12 +383,12 @@ def _traffic(sources: list[str] | None, tenant: str | None) -> tuple[tuple[str, 
     return tuple(sources), tenant
 
 
-def _own_texts(own: list[str]) -> dict[str, str]:
+def _by_name(pairs: list[str], option: str) -> dict[str, str]:
     """Adapter name → file, of NAME=FILE."""
-    texts: dict[str, str] = {}
-    for pair in own:
+    files: dict[str, str] = {}
+    for pair in pairs:
         name, equals, file = pair.partition("=")
         if not equals or not file:
-            raise InputError(f"{pair!r} is not NAME=FILE", where="--own", remedy="write --own sums=sums.jsonl")
-        texts[name] = file
-    return texts
+            raise InputError(f"{pair!r} is not NAME=FILE", where=option, remedy=f"write {option} sums=sums.jsonl")
+        files[name] = file
+    return files

@@ -18,6 +18,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.calibration import (
     OwnSource,
     PublicSource,
+    ReleasedSource,
     Source,
     TrafficSource,
     calibrated,
@@ -269,7 +270,11 @@ def calibrate_bank(
 
 
 def _stored(
-    folder: Path, bank: AdapterBank, source: PublicSource | OwnSource, base: str | None, progress: Progress
+    folder: Path,
+    bank: AdapterBank,
+    source: PublicSource | OwnSource | ReleasedSource,
+    base: str | None,
+    progress: Progress,
 ) -> BankChange:
     """Write the bank, calibrated by `source`."""
     calibration = calibration_of(source, bank.names)

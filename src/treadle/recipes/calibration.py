@@ -18,7 +18,9 @@ from treadle.routing.calibration import (
     Calibration,
     Drift,
     OwnCalibration,
+    PrivateCalibration,
     PublicCalibration,
+    ReleasedNorms,
     TrafficStatistics,
     drift,
     read_traffic,
@@ -77,10 +79,17 @@ class TrafficSource:
         files.checked_name(self.tenant, where="tenant")
 
 
-Source = PublicSource | OwnSource | TrafficSource
+@dataclass(frozen=True)
+class ReleasedSource:
+    """What silos released about their adapters (`treadle bank measure`), by adapter name; costs what it states."""
+
+    files: Mapping[str, Path]
 
 
-def calibration_of(source: PublicSource | OwnSource, names: Sequence[str]) -> Calibration:
+Source = PublicSource | OwnSource | ReleasedSource | TrafficSource
+
+
+def calibration_of(source: PublicSource | OwnSource | ReleasedSource, names: Sequence[str]) -> Calibration:
     """The source's text, read, as a calibration of the adapters of these names.
 
     Raises:
@@ -91,12 +100,10 @@ def calibration_of(source: PublicSource | OwnSource, names: Sequence[str]) -> Ca
         found = public_texts(source.text, limit=source.limit, words=source.words, seed=source.seed, field=source.field)
         kind = AnalyticCalibration if source.method == "analytic" else PublicCalibration
         return kind(found.passages, name=text_label(source.text))
-    missing = [name for name in names if name not in source.texts]
-    if missing:
-        raise InputError(f"no text of its own for adapter {missing[0]!r}", remedy=f"pass --own {missing[0]}=FILE")
-    unknown = [name for name in source.texts if name not in names]
-    if unknown:
-        raise InputError(f"no adapter {unknown[0]!r} in the bank", remedy=f"choose among {', '.join(names)}")
+    if isinstance(source, ReleasedSource):
+        _check_names(source.files, names, "nothing released about", "--released")
+        return PrivateCalibration({name: ReleasedNorms.load(file) for name, file in source.files.items()})
+    _check_names(source.texts, names, "no text of its own for", "--own")
     # The same reader cuts any text into passages; nothing here becomes public by it.
     return OwnCalibration(
         {
@@ -106,6 +113,20 @@ def calibration_of(source: PublicSource | OwnSource, names: Sequence[str]) -> Ca
             for name, text in source.texts.items()
         }
     )
+
+
+def _check_names(given: Mapping[str, object], names: Sequence[str], lacks: str, option: str) -> None:
+    """Return if something is given for every adapter, and for no other.
+
+    Raises:
+        InputError: it is not.
+    """
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise InputError(f"{lacks} adapter {missing[0]!r}", remedy=f"pass {option} {missing[0]}=FILE")
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise InputError(f"no adapter {unknown[0]!r} in the bank", remedy=f"choose among {', '.join(names)}")
 
 
 def text_label(text: str) -> str:

@@ -36,11 +36,9 @@ def silo_client(config: SiloRun) -> Silo:
     files.checked_name(config.name, where="key 'name'")
     check_terms(config)
     examples = examples_of(config.data, shares={}, seed=0)
-    ledger = Ledger.open(config.ledger.path)
-    ledger.register(config.ledger.data, budget=budget_of(config), source=_source(config, examples))
     terms = Terms(
         data=config.ledger.data,
-        ledger=ledger,
+        ledger=opened_ledger(config, examples),
         epsilon=number_of(config.privacy.epsilon),
         delta=config.privacy.delta,
         records=config.privacy.records,
@@ -59,6 +57,18 @@ def silo_client(config: SiloRun) -> Silo:
     pinned = AdapterFamily.load(config.family).fingerprint if config.family else None
     records = config.privacy.records if config.privacy.share_records else None
     return Silo(config.name, config.folder, local_training(terms, open_for), pinned, records)
+
+
+def opened_ledger(config: SiloRun, examples: list[Example]) -> Ledger:
+    """The silo's ledger, in which these rows are registered under the name and budget of its configuration.
+
+    Raises:
+        InputError: there is no ledger.
+        MismatchError: it knows these data under another name, or another budget.
+    """
+    ledger = Ledger.open(config.ledger.path)
+    ledger.register(config.ledger.data, budget=budget_of(config), source=_source(config, examples))
+    return ledger
 
 
 def check_terms(config: SiloRun) -> None:

@@ -1,15 +1,20 @@
 """Each adapter's own training text, as numbers that its silo released under differential privacy."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from treadle.errors import InputError, MismatchError
+from treadle import files
+from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.adapter import Adapter
 from treadle.routing.calibration.statistics import Method, Statistics
 from treadle.routing.factors import LayerFactors
+
+FORMAT = "treadle.released-norms/1"
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,45 @@ class ReleasedNorms:
     B_digest: str
     epsilon: float | None
     delta: float
+
+    def save(self, path: Path) -> None:
+        """Write them as JSON: plain numbers, which a silo may read before it passes them on."""
+        files.write_json(path, {"format": FORMAT, **asdict(self)})
+
+    @staticmethod
+    def load(path: Path) -> "ReleasedNorms":
+        """What `save` wrote.
+
+        Raises:
+            InputError: there is no such file.
+            FormatError: it is something else.
+        """
+        content = files.read_json(path)
+        try:
+            if content.pop("format") != FORMAT:
+                raise ValueError(f"key 'format' is not {FORMAT!r}")
+            mean, std = (_numbers(content.pop(name)) for name in ("mean", "std"))
+            epsilon, delta = content.pop("epsilon"), float(str(content.pop("delta")))
+            found = ReleasedNorms(
+                mean, std, str(content.pop("B_digest")), None if epsilon is None else float(str(epsilon)), delta
+            )
+            if content or mean.keys() != std.keys():
+                raise ValueError("unknown keys, or other modules in 'mean' than in 'std'")
+        except (KeyError, ValueError, TypeError) as error:
+            raise FormatError(
+                f"holds no released statistics ({error})", where=path, remedy="ask the silo for it again"
+            ) from error
+        return found
+
+
+def _numbers(value: object) -> dict[str, float]:
+    """Module → a finite number."""
+    if not isinstance(value, dict):
+        raise TypeError("no object")
+    found = {str(module): float(number) for module, number in value.items()}
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError("a number is not finite")
+    return found
 
 
 @dataclass(frozen=True)
