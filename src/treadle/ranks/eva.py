@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -115,16 +115,30 @@ def _ranks(probing: Probing, chosen: EvaSettings) -> dict[str, int]:
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=chosen.rho, tau=chosen.tau),
     )
-    found = get_eva_state_dict(
-        probing.model,
-        batches,
-        config,
-        forward_fn=forward,
-        prepare_model_inputs_fn=None,  # texts of a batch have one length, so that every token counts
-        prepare_layer_inputs_fn=None,
-        show_progress_bar=False,
-    )
+    with _without_new_hooks(probing.layers.values()):
+        found = get_eva_state_dict(
+            probing.model,
+            batches,
+            config,
+            forward_fn=forward,
+            prepare_model_inputs_fn=None,  # texts of a batch have one length, so that every token counts
+            prepare_layer_inputs_fn=None,
+            show_progress_bar=False,
+        )
     return {name: len(found[name]) for name in probing.shapes}
+
+
+@contextlib.contextmanager
+def _without_new_hooks(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """A block after which the layers have the forward hooks that they had: PEFT leaves its own when interrupted."""
+    hooks = [layer._forward_hooks for layer in layers]  # pyright: ignore[reportPrivateUsage]
+    earlier = [set(own) for own in hooks]
+    try:
+        yield
+    finally:
+        for own, kept in zip(hooks, earlier, strict=True):
+            for key in set(own) - kept:
+                del own[key]
 
 
 def _large_enough(probing: Probing, components: int) -> list[dict[str, Tensor]]:

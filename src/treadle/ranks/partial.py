@@ -58,17 +58,19 @@ class PartialProbe:
                 )
 
     def _read(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("r+b") as stream:
+            content = stream.read()
+            stream.truncate(content.rfind(b"\n") + 1)  # what follows the last line feed was cut off by a crash
         try:
-            for number, line in enumerate(lines[:-1]):  # what follows the last line feed was cut off by a crash
-                content = json.loads(line)
+            for number, line in enumerate(content.split(b"\n")[:-1]):
+                row = json.loads(line)
                 if number == 0:
-                    if content["format"] != FORMAT:
+                    if row["format"] != FORMAT:
                         raise ValueError
-                    self._facts = dict(content["facts"])
+                    self._facts = dict(row["facts"])
                     continue
-                for name, values in content["values"].items():
-                    self._values[content["batch"], content["trial"], name] = tuple(map(float, values))
+                for name, values in row["values"].items():
+                    self._values[row["batch"], row["trial"], name] = tuple(map(float, values))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError("not a probe under way", where=path, remedy=_AFRESH) from error
 
