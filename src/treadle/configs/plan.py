@@ -14,6 +14,7 @@ from treadle.ranks.allocation import AllocationSettings, Budget, mean_rank_budge
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
 from treadle.ranks.rules import RuleName
+from treadle.ranks.stability import TrialsRule
 from treadle.ranks.ties import Ties
 
 
@@ -26,6 +27,11 @@ def _named_probe(table: object) -> object:
     if name not in PROBES:
         raise InputError(f"key 'probe.name': no such probe {name!r}", remedy=f"choose among {', '.join(PROBES)}")
     return TypeAdapter(type(PROBES[name]())).validate_python(settings)
+
+
+def trials_of(settings: ProbeSettings) -> str | None:
+    """What the probe calls the number that makes it surer, None where it has no such number."""
+    return next((key for key in ("trials", "projections") if hasattr(settings, key)), None)
 
 
 class ProbeText(RunConfig):
@@ -94,6 +100,7 @@ class PlanRun(Shares):
         modules: kinds of layers, such as "q_proj"; without it, all Linear and Conv1D layers below the head.
         seed: of the noise and of the choice of passages.
         probe: a probe's name and its settings; without a name "perturbation", the paper's.
+        settle: adds trials, or projections, until more of them would not change the ranks; see `TrialsRule`.
         text: the probe text.
         examples: prompts with answers that are probed instead of passages, for a probe that needs labels.
         compare: peers that the plan is held against, see `treadle.recipes.rank_peers`.
@@ -106,6 +113,7 @@ class PlanRun(Shares):
     modules: tuple[str, ...] | None = Field(default=None, min_length=1)
     seed: int = 0
     probe: Annotated[ProbeSettings, BeforeValidator(_named_probe)] = PerturbationSettings()
+    settle: TrialsRule | None = None
     text: ProbeText = ProbeText()
     examples: (
         Annotated[Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)]
@@ -116,7 +124,9 @@ class PlanRun(Shares):
     overwrite: bool = False
 
     @model_validator(mode="after")
-    def _examples_are_declared(self) -> "PlanRun":
+    def _goes_together(self) -> "PlanRun":
+        if self.settle is not None and trials_of(self.probe) is None:
+            raise ValueError("[settle] adds trials, of which this probe has none; delete it")
         if self.examples is not None and "public" not in self.text.model_fields_set:
             raise ValueError("[examples] are probed: say whether they may be known with text.public = true or false")
         if self.examples is not None and "source" in self.text.model_fields_set:

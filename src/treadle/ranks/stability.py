@@ -5,7 +5,7 @@ A module's standard error is `ModuleScore.standard_error`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,8 @@ class TrialsRule:
         InputError: fewer than two trials to begin with, a step below 1, a maximum below the first, or a share
             outside 0..1.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     first: int = 5
     step: int = 5

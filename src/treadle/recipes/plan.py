@@ -6,14 +6,14 @@ for each module m, alone:
 r_m ∝ d_m,  Σ c_m r_m ≤ budget                         (or another rule's share; tied modules share a rank)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.configs.plan import PlanRun, Replan, Shares
+from treadle.configs.plan import PlanRun, Replan, Shares, trials_of
 from treadle.data.public_text import public_texts
 from treadle.errors import InputError, MismatchError
 from treadle.family.injection import linear_shapes
@@ -26,6 +26,7 @@ from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probes import ProbeSettings, probe_scores
 from treadle.ranks.scores import ProbeScores
+from treadle.ranks.stability import until_settled
 from treadle.recipes.rank_peers import Peer, check_names, is_probe, name_of, peer_of, settings_of
 from treadle.recipes.train import examples_of
 from treadle.train.objectives import Kind, kind_of
@@ -64,10 +65,15 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     def probed(settings: ProbeSettings) -> ProbeScores:
         path = config.out.with_name(f".{config.out.name}.{name_of(settings)}.probe")
         begun.append(path)
-        scores = probe_scores(
-            model, inputs, shapes, settings=settings, seed=config.seed, progress=progress, partial=PartialProbe(path)
-        )
-        return stated(scores, config, base)
+        partial = PartialProbe(path)
+
+        def scores_of(chosen: ProbeSettings) -> ProbeScores:
+            scores = probe_scores(
+                model, inputs, shapes, settings=chosen, seed=config.seed, progress=progress, partial=partial
+            )
+            return stated(scores, config, base)
+
+        return _settled(config, settings, scores_of)
 
     budget = config.budget_for(shapes)
     mean_rank = budget.value // sum(map(budget.cost, shapes.values()))
@@ -146,6 +152,26 @@ def stated(scores: ProbeScores, config: PlanRun, base: BaseIdentity) -> ProbeSco
 def _check_out(out: Path, *, overwrite: bool) -> None:
     if out.exists() and not overwrite:  # said before minutes of work, not after
         raise InputError("already exists", where=out, remedy="choose another name or set overwrite")
+
+
+def _settled(
+    config: PlanRun, settings: ProbeSettings, scores_of: Callable[[ProbeSettings], ProbeScores]
+) -> ProbeScores:
+    """The scores by these settings or, where it is asked for, by as many trials as leave the ranks as they are."""
+    key = trials_of(settings)
+    if config.settle is None or key is None:
+        return scores_of(settings)
+
+    def with_trials(trials: int) -> ProbeScores:
+        return scores_of(replace(settings, **{key: trials}))
+
+    shapes = with_trials(config.settle.first).shapes()
+
+    def ranks(scores: Mapping[str, float]) -> dict[str, int]:
+        found = _shared(scores, shapes, config).modules
+        return {name: found[name].rank if name in found else 0 for name in shapes}
+
+    return until_settled(with_trials, ranks, rule=config.settle, seed=config.seed).scores
 
 
 def _shared(scores: Mapping[str, float], shapes: Mapping[str, LayerShape], config: Shares) -> RankPlan:

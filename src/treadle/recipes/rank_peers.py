@@ -1,27 +1,26 @@
 """What a rank plan is held against, at the same budget.
 
-uniform                       every module the same
-a rule's name                 the same scores, shared out by another rule
-a probe's name                the same rule, for another probe's scores
-shuffled, reversed            the same scores on other modules
+uniform                                   every module the same
+shuffled, shuffled-in-shape, reversed     the same scores on other modules
+a rule's name                             the same scores, shared out by another rule
+a probe's name                            the same rule, for another probe's scores
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.errors import InputError
 from treadle.family.plan import RankPlan
 from treadle.ranks.allocation import AllocationSettings, Budget, allocate
-from treadle.ranks.correlation import spearman
+from treadle.ranks.controls import controls
 from treadle.ranks.eva import EvaSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
 from treadle.ranks.rules import RULES, RuleName
 from treadle.ranks.scores import ProbeScores
+from treadle.ranks.stability import spearman
 
-CONTROLS: Mapping[str, Callable[[ProbeScores], dict[str, float]]] = {
-    "uniform": lambda scores: dict.fromkeys(scores.modules, 1.0),
-}
-"""Scores that no probe measures: what they are made of the plan's own."""
+CONTROLS = ("uniform", "shuffled", "shuffled-in-shape", "reversed")
+"""The names of `treadle.ranks.controls`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def peer_of(
     Raises:
         InputError: the scores leave nothing to share out.
     """
-    own = CONTROLS[name](scores) if name in CONTROLS else (measured or scores).means()
+    levelled = controls(scores, seed=scores.seed)
+    own = levelled[name] if name in levelled else (measured or scores).means()
     rule = next((rule for rule in RULES if rule == name), settings.rule)
     shared = allocate(own, scores.shapes(), budget=budget, settings=replace(settings, rule=rule))
     ranks, planned = ranks_of(shared, scores), ranks_of(plan, scores)
@@ -110,9 +110,15 @@ def peer_of(
         ranks,
         shared.count().total,
         sum(max(0, planned[module] - ranks[module]) * size for module, size in sizes.items()),
-        spearman(list(planned.values()), list(ranks.values())),
-        None if measured is None else spearman(list(scores.means().values()), list(own.values())),
+        _correlation(planned, ranks),
+        None if measured is None else _correlation(scores.means(), own),
     )
+
+
+def _correlation(first: Mapping[str, float | int], second: Mapping[str, float | int]) -> float | None:
+    """Spearman's; None where one side has no order."""
+    sides = [{name: float(value) for name, value in side.items()} for side in (first, second)]
+    return spearman(*sides) if all(len(set(side.values())) > 1 for side in sides) else None
 
 
 def ranks_of(plan: RankPlan, scores: ProbeScores) -> dict[str, int]:

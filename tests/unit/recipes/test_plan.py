@@ -14,12 +14,14 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.ranks.allocation import Budget
+from treadle.ranks.controls import controls
 from treadle.ranks.jacobian import JacobianSettings
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES
 from treadle.ranks.scores import ProbeScores
 from treadle.recipes.family import new_family
 from treadle.recipes.plan import plan, replan
+from treadle.recipes.rank_peers import CONTROLS
 
 
 @pytest.fixture
@@ -171,6 +173,9 @@ def test_the_toml_is_the_configuration(tmp_path: Path) -> None:
         ('modules = ["q_proj"]', "multiple = 8\nmaximum = 4", "no multiple of 8 is from 1 to 4"),
         ('modules = ["q_proj"]', "minimum = 9\nmaximum = 4", "no rank is from 9 to 4"),
         ('modules = ["q_proj"]', "multiple = 0", "multiple"),
+        ("[text]", "[settle]\nfirst = 1\n[text]", "cannot go from 1 trials"),
+        ("[text]", "[settle]\nfrist = 2\n[text]", "settle.frist"),
+        ('trials = 1\ncompare = "pristine"', 'name = "eva"\n[settle]', "of which this probe has none"),
         ('modules = ["q_proj"]', 'ties = "all"', "ties"),
         ("[text]", "[examples]\ntask = 't'\n[text]", "say whether they may be known"),
         ("[text]", "[examples]\ntask = 't'\n[text]\npublic = true\nsource = 'pydoc'", "delete one of the two"),
@@ -227,12 +232,24 @@ def test_any_probe_makes_a_plan(run: PlanRun, tmp_path: Path) -> None:
         assert made.provenance["probe_text"] == ("public: file" if name == "gradient" else "public: pydoc")
 
 
+def test_trials_are_added_until_the_ranks_settle(run: PlanRun) -> None:
+    table = {"probe": {"name": "jacobian"}, "settle": {"first": 2, "step": 2, "maximum": 6, "confidence": 1.0}}
+    made = plan(PlanRun.model_validate(dict(run) | table))
+    trials = {len(score.values) for score in made.scores.modules.values()}
+    assert trials <= {2, 4, 6}
+    assert json.loads(made.plan.provenance["probe_settings"])["projections"] == trials.pop()
+    eager = {"settle": {"first": 2, "step": 2, "maximum": 6, "confidence": 0.01, "moving": 0.9}}
+    few = plan(PlanRun.model_validate(dict(run) | eager | {"overwrite": True}))
+    assert json.loads(few.plan.provenance["probe_settings"])["trials"] == 2
+
+
 def test_peers_share_out_the_same_budget(run: PlanRun) -> None:
-    names = ("uniform", "floor", "sqrt", "jacobian", "eva")
+    names = ("uniform", "shuffled", "shuffled-in-shape", "reversed", "floor", "sqrt", "jacobian", "eva")
     text = ProbeText(sequences=8, tokens=16)  # of which EVA has rows enough for twice the mean rank
     made = plan(run.model_copy(update={"compare": names, "text": text}))
     peers = {peer.name: peer for peer in made.peers}
     assert tuple(peers) == names
+    assert tuple(controls(made.scores, seed=0)) == CONTROLS
     spent = {name: peer.parameters for name, peer in peers.items()}
     total = made.plan.count().total
     cheapest = min(shape.in_features + shape.out_features for shape in made.scores.shapes().values())
@@ -242,6 +259,8 @@ def test_peers_share_out_the_same_budget(run: PlanRun) -> None:
     assert peers["uniform"].rank_correlation is None or abs(peers["uniform"].rank_correlation) < 1
     assert peers["uniform"].scores is peers["floor"].scores is peers["floor"].score_correlation is None
     assert 0 < peers["sqrt"].moved < peers["uniform"].moved  # roots lie between the scores and all the same
+    assert peers["reversed"].rank_correlation is not None
+    assert peers["reversed"].rank_correlation < 0
     assert peers["jacobian"].scores is not None
     assert peers["jacobian"].score_correlation is not None
     sizes = {name: shape.in_features + shape.out_features for name, shape in made.scores.shapes().items()}
