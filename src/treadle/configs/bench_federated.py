@@ -1,11 +1,12 @@
 """The TOML of `federated-quality`, the study of federations under differential privacy."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from treadle.configs.toml import RunConfig
+from treadle.data.tasks import Condition
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 """A number above 0, or inf."""
@@ -42,14 +43,17 @@ class FederatedQualityRun(RunConfig):
     """`federated-quality`.
 
     Attributes:
-        base: an encoder.
-        head_seed: of its classifier head, which is drawn and frozen.
-        dtype: of the encoder; the factors are float32.
+        base: a causal LM, or an encoder.
+        head_seed: of an encoder's classifier head, which is drawn and frozen.
+        dtype: of the base; the factors are float32.
+        condition: the form of the prompts.
+        modules: kinds of layers, such as "v_proj"; without it, all linear layers below the head.
         rank: of every module.
         init: of A.
         train_limit: training rows, None for all.
         test_limit: validation rows, and test rows; None for all.
         max_length: tokens of a row.
+        optimizer: of a client's local steps; it begins anew in every round.
         rounds: of the federation.
         local_steps: private steps of a client in a round.
         expected_batch: rows of a step of one client; central steps take as many as all clients together.
@@ -66,11 +70,14 @@ class FederatedQualityRun(RunConfig):
     base: str = "minilm-l6"
     head_seed: int = 0
     dtype: str = "float32"
+    condition: Condition = "bare"
+    modules: tuple[str, ...] | None = Field(default=None, min_length=1)
     rank: int = Field(ge=1)
     init: str = "kaiming"
     train_limit: int | None = Field(default=None, ge=1)
     test_limit: int | None = Field(default=None, ge=1)
     max_length: int = Field(default=64, ge=2)
+    optimizer: Literal["sgd", "adam"] = "sgd"
     rounds: int = Field(ge=1)
     local_steps: int = Field(ge=1)
     expected_batch: int = Field(ge=1)

@@ -30,7 +30,7 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.heads import with_head
-from treadle.models.loading import identity_of, load_model, load_tokenizer
+from treadle.models.loading import identity_of, is_causal, load_model, load_tokenizer, model_folder
 from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.plan import Mechanism, PrivacySettings
 from treadle.progress import Progress, silent
@@ -172,19 +172,21 @@ def best_point(
 
 
 def load_data(config: FederatedQualityRun, task: Task, *, root: Path, work: Path) -> Data:
-    """The task's rows for a classifier on the configured encoder, whose head is drawn from a seed and frozen."""
+    """The task's rows for the configured base; an encoder gets a classifier's head, drawn from a seed and frozen."""
     if not isinstance(task.metric, LabelLikelihood):
         raise InputError("has no fixed labels", where=f"task {task.name}", remedy="choose a task of classification")
-    base = work / f"{config.base}-{task.name}"
-    if not base.exists():
-        with_head(config.base, base, labels=list(task.metric.labels.values()), seed=config.head_seed)
+    base = model_folder(config.base)
+    if not is_causal(base):
+        base = work / f"{config.base}-{task.name}"
+        if not base.exists():
+            with_head(config.base, base, labels=list(task.metric.labels.values()), seed=config.head_seed)
     model, tokenizer = load_model(str(base), device="cpu", dtype=config.dtype), load_tokenizer(str(base))
     limits = {"train": config.train_limit, "validation": config.test_limit, "test": config.test_limit}
     rows = {
         split: encoded(
             model,
             tokenizer,
-            task.examples(split, data_root=root, condition="bare", limit=limit),  # type: ignore[arg-type]
+            task.examples(split, data_root=root, condition=config.condition, limit=limit),  # type: ignore[arg-type]
             PrivateSettings(max_length=config.max_length),
         )
         for split, limit in limits.items()
@@ -197,7 +199,7 @@ def judged(config: FederatedQualityRun, trial: Trial, data: Data) -> dict[str, o
     begun = time.monotonic()
     family = AdapterFamily.create(
         base=identity_of(str(data.base)),
-        plan=RankPlan.uniform(linear_shapes(data.model), rank=config.rank),
+        plan=RankPlan.uniform(linear_shapes(data.model, config.modules), rank=config.rank),
         seed=trial.seed,
         init=config.init,
     )
@@ -225,8 +227,12 @@ def trained(config: FederatedQualityRun, trial: Trial, data: Data, family: Adapt
         )
         for client, part in enumerate(parts)
     }
-    rate = trial.point.learning_rate
-    settings = PrivateSettings(learning_rate=rate, micro_batch=_BATCH, max_length=config.max_length)
+    settings = PrivateSettings(
+        learning_rate=trial.point.learning_rate,
+        optimizer=config.optimizer,
+        micro_batch=_BATCH,
+        max_length=config.max_length,
+    )
     state = GlobalState.start(family)
     for server_round in range(1, config.rounds + 1):
         names = variant.work(server_round).reply(Factors(state.lora_A, state.lora_B)).keys()
