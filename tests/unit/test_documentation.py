@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from treadle.cli.app import app
+from treadle.configs.audit import AuditRun
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun
@@ -18,7 +19,13 @@ from treadle.configs.train import TrainRun
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUNS: dict[str, type[RunConfig]] = {"plan": PlanRun, "family": FamilyRun, "eval": EvaluateRun, "policy": PolicyFile}
+RUNS: dict[str, type[RunConfig]] = {
+    "audit": AuditRun,
+    "plan": PlanRun,
+    "family": FamilyRun,
+    "eval": EvaluateRun,
+    "policy": PolicyFile,
+}
 NAMES = re.compile(r"[a-z][a-z|-]*")
 
 
@@ -63,7 +70,7 @@ def test_every_shown_run_is_sound(title: str, text: str) -> None:
 
 
 def test_runs_are_shown() -> None:
-    assert {"plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {title for title, _ in shown_runs()}
+    assert {"audit", "plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {title for title, _ in shown_runs()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

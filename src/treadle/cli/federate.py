@@ -117,12 +117,13 @@ def _federate(run: Path, *, json: bool, resume: bool) -> None:
     from treadle.cli.federation_tables import page_of, show_federation
     from treadle.configs.federate import FederateRun
     from treadle.configs.toml import load_toml
-    from treadle.recipes.federate import federate_in_process
+    from treadle.recipes.federate import federate_in_process, federate_simulated
 
     config = load_toml(run, FederateRun)
     with working() as progress:
         if config.superlink is None:
-            made = federate_in_process(config, resume=resume, progress=progress, seen=page_of(config.page))
+            federated = federate_simulated if config.grid == "simulation" else federate_in_process
+            made = federated(config, resume=resume, progress=progress, seen=page_of(config.page))
         else:
             from treadle.recipes.superlink import submit
 

@@ -7,7 +7,7 @@ from treadle.cli.console import print_json, print_table, remark, say
 from treadle.recipes.pilot_result import PilotResult
 from treadle.recipes.probe import Probed
 from treadle.reports.pages import write_page
-from treadle.reports.pilots import pilot_page, shown
+from treadle.reports.pilots import pilot_page, shown, size
 
 PAGE = "pilot.html"
 
@@ -21,7 +21,7 @@ def show_pilot(found: PilotResult, *, json: bool) -> None:
         return
     print_table(
         "accuracy at every ε",
-        ("ε", "A", "learning rate", "clip", "accuracy", "from", "to", "bytes a round", "seconds a step", "bytes held"),
+        ("ε", "A", "learning rate", "clip", "accuracy", "from", "to", "bytes a round", "seconds a step", "memory"),
         [
             (
                 shown(row.epsilon),
@@ -29,7 +29,7 @@ def show_pilot(found: PilotResult, *, json: bool) -> None:
                 row.point.learning_rate,
                 row.point.max_grad_norm,
                 *(row.accuracy.estimate, row.accuracy.low, row.accuracy.high),
-                *(row.round_bytes, row.step_seconds, row.memory),
+                *(row.round_bytes, row.step_seconds, size(row.memory)),
             )
             for row in found.curve
         ],
@@ -77,8 +77,8 @@ def show_probe(found: Probed, *, json: bool) -> None:
         return
     print_table(
         f"private steps on {found.device}, rows of {found.tokens} tokens",
-        ("rank", "micro-batch", "seconds a row", "bytes held"),
-        [(row.rank, row.micro_batch, row.row_seconds, row.peak) for row in found.measured],
+        ("rank", "micro-batch", "seconds a row", "memory"),
+        [(row.rank, row.micro_batch, row.row_seconds, size(row.peak)) for row in found.measured],
     )
     say(f"bandwidth: {found.transfer.bytes_per_second / 1e6:.1f} MB/s {_WAYS[found.transfer.way]}")
     say(f"a step of {found.expected_batch} rows: {found.step_seconds:.3g} s, {found.noise_seconds:.3g} s of it noise")

@@ -54,7 +54,8 @@ class FederateRun(RunConfig):
         rules: of the rounds: who takes part, how many it takes, how long to wait.
         variant: what is trained and how it is joined.
         client_privacy: noise on the mean of what clients send; None for none.
-        silos: the silos' TOML files, to run all of them in this process.
+        silos: the silos' TOML files, to run all of them on this machine.
+        grid: how: "in-process", one after the other, or "simulation", Flower's own on Ray, each in a worker process.
         superlink: the server that real silos connect to, in place of `silos`.
         page: an HTML page that is refreshed after every round.
         overwrite: whether a folder at `out` is replaced.
@@ -68,6 +69,7 @@ class FederateRun(RunConfig):
     variant: VariantSettings = VariantSettings()
     client_privacy: ClientPrivacy | None = None
     silos: tuple[Path, ...] = ()
+    grid: Literal["in-process", "simulation"] = "in-process"
     superlink: SuperLink | None = None
     page: Path | None = None
     overwrite: bool = False
@@ -75,7 +77,9 @@ class FederateRun(RunConfig):
     @model_validator(mode="after")
     def _sound(self) -> "FederateRun":
         if bool(self.silos) == (self.superlink is not None):
-            raise ValueError("give either silos, to run them in this process, or superlink")
+            raise ValueError("give either silos, to run them on this machine, or superlink")
+        if self.superlink is not None and self.grid == "simulation":
+            raise ValueError("grid 'simulation' has silos in the place of superlink")
         if self.variant.name == "local":
             raise ValueError("variant local joins nothing; run `treadle train` in every silo")
         return self

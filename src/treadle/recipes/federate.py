@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 from treadle.configs.federate import FederateRun, SiloRun
@@ -27,6 +28,7 @@ from treadle.train.federated.client_privacy import ClientPrivacyPlan, ClientPriv
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.result import federated_adapter
 from treadle.train.federated.run import Grid, federate, in_process_grid
+from treadle.train.federated.simulation import simulated
 from treadle.train.federated.standing import RoundReport
 
 _LOG = logging.getLogger("treadle.federated")
@@ -93,6 +95,39 @@ def federate_in_process(
     """
     run_of(config, resume=resume)
     return federate_on(in_process_grid(clients_of(config)), config, resume=resume, progress=progress, seen=seen)
+
+
+def federate_simulated(
+    config: FederateRun,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    seen: Callable[[Watched], None] = lambda now: None,
+) -> FederatedRun:
+    """The configured adapter, trained by silos in the processes of Flower's simulation; see `federate_on`.
+
+    Raises:
+        ConfigError: the silos are not the clients that the rules name.
+        InputError: a silo's data or ledger cannot be used.
+        UnavailableError: Ray is not installed.
+    """
+    run_of(config, resume=resume)
+    clients_of(config)  # what is wrong with a silo is said here, where somebody reads it
+
+    def run(grid: Grid) -> FederatedRun:
+        return federate_on(grid, config, resume=resume, progress=progress, seen=seen)
+
+    return simulated(run, partial(_silo_at, tuple(config.silos)), len(config.silos))
+
+
+def _silo_at(paths: tuple[Path, ...], place: int) -> Silo:
+    return _silo_of(paths[place])
+
+
+@lru_cache(maxsize=8)
+def _silo_of(path: Path) -> Silo:
+    """The silo, opened once a worker."""
+    return silo_client(load_toml(path, SiloRun))
 
 
 def federate_on(

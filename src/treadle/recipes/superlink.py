@@ -36,6 +36,8 @@ from treadle.train.federated.run import Grid
 
 OUTCOME = "outcome.json"
 _SECONDS_BETWEEN_QUESTIONS = 30.0
+_NOT_ACTIVATED = b"[code: 2004]"  # Flower's: the key is unknown, or a node is connected with it already
+_KEPT_OUTPUT = 2**14
 
 _BUNDLE = """
 [project]
@@ -82,14 +84,19 @@ class Command:
             return process.wait()
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A block while the process runs; it is ended with the block, and with this process."""
+    def running(self, *, heard: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+        """A block while the process runs; it is ended with the block, and with this process.
+
+        Args:
+            heard: whether what it prints goes to the process's `stdout`, for the block to read.
+        """
 
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
 
         before = signal.signal(signal.SIGTERM, stop)
-        with subprocess.Popen(self.arguments, env=dict(self.environment)) as process:
+        output, errors = (subprocess.PIPE, subprocess.STDOUT) if heard else (None, None)
+        with subprocess.Popen(self.arguments, env=dict(self.environment), stdout=output, stderr=errors) as process:
             try:
                 yield process
             finally:
@@ -213,7 +220,7 @@ def serve_silo(config: SiloRun, path: Path) -> int:
     Raises:
         ConfigError: the silo has no `supernode`.
         InputError: a key or certificate is missing.
-        UnavailableError: Flower is not installed.
+        UnavailableError: Flower is not installed, or the SuperLink does not let the silo's key in.
     """
     command = supernode_command(config, path)
     pipe = handing_over(_processes(config))
@@ -221,8 +228,38 @@ def serve_silo(config: SiloRun, path: Path) -> int:
     def app() -> ClientApp:
         return client_app(lambda context: silo_client(config))
 
-    with command.running() as process:
-        return answer_messages(pipe, app, process.poll)
+    said = bytearray()
+    with command.running(heard=True) as process:
+        code = answer_messages(pipe, app, _listening(process, said))
+    if code != 0 and _NOT_ACTIVATED in said:
+        raise UnavailableError(
+            "the SuperLink does not let this key in",
+            where=config.supernode.private_key if config.supernode else path,
+            remedy="have it admitted (`treadle federate admit`); if it is, another node is connected with it, "
+            "and every silo needs a key of its own",
+        )
+    return code
+
+
+def _listening(process: subprocess.Popen[bytes], said: bytearray) -> Callable[[], int | None]:
+    """What tells whether the process has ended, passes on what it has printed, and keeps the last of it in `said`.
+
+    No thread listens, since silos fork.
+    """
+    stream = process.stdout
+    assert stream is not None
+    os.set_blocking(stream.fileno(), False)
+
+    def ended() -> int | None:
+        code = process.poll()  # first, so that nothing is printed between it and the last reading
+        while part := stream.read(_KEPT_OUTPUT):
+            said.extend(part)
+            del said[:-_KEPT_OUTPUT]
+            sys.stderr.write(part.decode(errors="replace"))
+            sys.stderr.flush()
+        return code
+
+    return ended
 
 
 def supernode_command(config: SiloRun, path: Path) -> Command:

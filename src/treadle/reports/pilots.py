@@ -12,7 +12,7 @@ _UNITS = {
     "epsilon": "ε of a silo",
     "round_bytes": "bytes up and down in a round, one client",
     "step_seconds": "seconds of a private step",
-    "memory_bytes": "bytes held by the process",
+    "memory_bytes": "memory held by the process",
 }
 
 
@@ -25,9 +25,12 @@ def pilot_page(found: PilotResult) -> str:
         "found": found,
         "row": row,
         "epsilon": shown(row.epsilon),
-        "checks": [(_UNITS[check.name], _number(check.found), _wanted(check), check.holds) for check in found.checks],
+        "checks": [
+            (_UNITS[check.name], _measured(check.name, check.found), _wanted(check), check.holds)
+            for check in found.checks
+        ],
         "curve": _curve(found),
-        "rows": [(shown(each.epsilon), each) for each in found.curve],
+        "rows": [(shown(each.epsilon), each, size(each.memory)) for each in found.curve],
         "grids": [(shown(each.epsilon), _grid(found, each)) for each in found.curve],
         "failed": [
             (str(each.trial.point), shown(each.trial.epsilon), each.failed) for each in _all(found) if each.failed
@@ -55,8 +58,20 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def size(count: float) -> str:
+    """Bytes as people read them, to three digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _measured(name: str, value: float) -> str:
+    return size(value) if name == "memory_bytes" else _number(value)
+
+
 def _wanted(check: Check) -> str:
-    return f"{'at least' if check.name == 'accuracy' else 'at most'} {_number(check.wanted)}"
+    return f"{'at least' if check.name == 'accuracy' else 'at most'} {_measured(check.name, check.wanted)}"
 
 
 def _curve(found: PilotResult) -> Markup:

@@ -57,7 +57,7 @@ private_key = "{root}/key.pem"
 def world(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, make: SimpleNamespace
 ) -> Path:
-    """A base, a family, another family, two silos with rows, and an old certificate."""
+    """A base, a family, another family, two silos with rows, an old certificate and one that is in force."""
     root = tmp_path_factory.mktemp("federation")
     model = make.llama(width=16, layers=1, seed=3)
     model.save_pretrained(root / "base")
@@ -70,8 +70,9 @@ def world(
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     key = ec.generate_private_key(ec.SECP256R1())
     name, begun = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "old")]), datetime(2020, 1, 1, tzinfo=UTC)
-    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, begun, begun + timedelta(days=1))
-    (root / "cert.pem").write_bytes(certificate.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    for file, days in (("cert.pem", 1), ("new.pem", 36500)):
+        certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, begun, begun + timedelta(days=days))
+        (root / file).write_bytes(certificate.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
     (root / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return root
 
@@ -91,7 +92,7 @@ Mistake = Callable[[Path], list[str]]
 
 
 def exchanged(root: Path, file: str, old: str, new: str) -> None:
-    text = (root / file).read_text()
+    text, old = (root / file).read_text(), old.replace("ROOT", str(root))
     assert old in text
     (root / file).write_text(text.replace(old, new).replace("ROOT", str(root)))
 
@@ -152,6 +153,13 @@ def changed_budget(root: Path) -> list[str]:
     return silo('data = "north-signs"', 'data = "north-signs"\nepsilon = 3.0')(root)
 
 
+def renamed(root: Path) -> list[str]:
+    """The same rows under another name, as if nothing had been spent on them."""
+    changed_budget(root)
+    exchanged(root, "north.toml", 'data = "north-signs"\nepsilon = 3.0', 'data = "new-signs"')
+    return ["federate", "run", str(root / "run.toml")]
+
+
 def begun(root: Path) -> list[str]:
     with pytest.raises(SystemExit):
         main(["federate", "run", str(root / "run.toml")])
@@ -189,6 +197,12 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     "a climbing name": (run('"signs"', '"../signs"'), 2, "'../signs' cannot be a name"),
     "no family": (run("/family", "/famly"), 2, "famly/family.json: no such file"),
     "neither silos nor server": (run("silos =", "# silos ="), 2, "give either silos"),
+    "a simulation without Ray": (run("[work]", 'grid = "simulation"\n[work]'), 1, "Flower's simulation needs Ray"),
+    "a simulation of real silos": (
+        link("run", old="[work]", new='grid = "simulation"\n[work]'),
+        2,
+        "grid 'simulation' has silos in the place of superlink",
+    ),
     "other clients": (run('["north", "south"]', '["north", "west"]'), 2, "rules.clients says north, west"),
     "the adapter exists": (done, 2, "already exists"),
     "a run has begun": (begun, 2, "a run has begun here; resume it"),
@@ -210,6 +224,12 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     "a pinned family that is not there": (silo("[data]", 'family = "ROOT/famly"\n[data]'), 2, "famly"),
     "one name for two silos": (silo('"north"', '"south"'), 2, "the silos are called south, south"),
     "a budget changed by hand": (changed_budget, 2, "its budget in the ledger is"),
+    "the same rows under another name": (renamed, 2, "these are the data of 'north-signs', whose spending"),
+    "a data set that is no name": (
+        silo('data = "north-signs"', 'data = "south/signs"'),
+        2,
+        "'south/signs' cannot be a name",
+    ),
     "fewer rows than a batch": (
         silo("records = 12", "records = 3"),
         1,
@@ -223,6 +243,16 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     "an old certificate at the silo": (node(NODE), 2, "the certificate is valid from 2020-01-01 to 2020-01-02"),
     "no certificate at the silo": (node(NODE, old="cert.pem", new="crt.pem"), 2, "crt.pem: no such file"),
     "a key for a certificate": (node(NODE, old="cert.pem", new="key.pem"), 2, "not a certificate in PEM"),
+    "no key at the silo": (
+        node(NODE.replace("cert", "new").replace("/key", "/kye")),
+        2,
+        "kye.pem: no such file",
+    ),
+    "no key at the server": (
+        link("serve", old='cert.pem"\nprivate_key = "ROOT/key.pem', new='new.pem"\nprivate_key = "ROOT/kye.pem'),
+        2,
+        "kye.pem: no such file",
+    ),
     "an old certificate at the server": (link("serve"), 2, "the certificate is valid from 2020-01-01"),
     "no certificate at the server": (link("serve", old="/cert.pem", new="/crt.pem"), 2, "crt.pem: no such file"),
     "serving what runs in one process": (
