@@ -1,4 +1,4 @@
-"""Confidence intervals: of a share, of a mean, of a mean over tasks."""
+"""Confidence intervals: of a share, of a mean, of a mean over tasks; and a test of paired differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -90,6 +90,26 @@ def mean_over_tasks(
             means[start : start + count] += values[drawn].mean(axis=1) / len(results)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(fmean(fmean(values) for values in results.values()), float(low), float(high), level)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The two-sided p-value of paired differences under the hypothesis that each might as well have the other sign.
+
+    Every one of the 2ⁿ signings is counted, so n differences give no p below 2^(1 − n).
+
+    Raises:
+        InputError: no differences, or more than 20.
+
+    Reference:
+        R. A. Fisher, The Design of Experiments (1935), §21.
+    """
+    if not 1 <= len(differences) <= 20:
+        raise InputError(f"{len(differences)} differences", where="sign flips", remedy="give 1 to 20, one a seed")
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    reached = abs(sum(differences)) - 1e-12 * sum(map(abs, differences))  # equal sums may differ in their last bit
+    return float((np.abs(sums) >= reached).mean())
 
 
 def _check_level(level: float) -> None:

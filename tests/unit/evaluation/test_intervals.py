@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import InputError
-from treadle.evaluation.intervals import Interval, mean_interval, mean_over_tasks, wilson_interval
+from treadle.evaluation.intervals import Interval, mean_interval, mean_over_tasks, sign_flip_p, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,13 @@ def test_one_value_says_nothing_about_the_mean() -> None:
     assert mean_interval([0.4]) == Interval(0.4, -math.inf, math.inf, 0.95)
     with pytest.raises(InputError, match="no values"):
         mean_interval([])
+
+
+def test_sign_flips_count_every_signing() -> None:
+    # Of 8 signings of 1, 2, 3 only all plus and all minus reach a sum of 6; |1 + 2 - 3| = 0 is reached by all.
+    assert sign_flip_p([1.0, 2.0, 3.0]) == 2 / 8
+    assert sign_flip_p([1.0, 2.0, -3.0]) == 1.0
+    assert sign_flip_p([0.1] * 6) == 2 / 64
+    assert sign_flip_p([0.0, 0.0]) == 1.0
+    with pytest.raises(InputError, match="0 differences"):
+        sign_flip_p([])

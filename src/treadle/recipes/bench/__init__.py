@@ -25,6 +25,7 @@ from treadle.configs.bench import (
 )
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
+from treadle.configs.bench_ranks import RankProbeCostRun, RankWorthRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
@@ -35,6 +36,8 @@ from treadle.recipes.bench import (
     federated_faults,
     federated_quality,
     privacy_audit,
+    rank_probe_cost,
+    rank_worth,
     routing_attack,
     routing_calibration,
     routing_composition,
@@ -123,6 +126,20 @@ def _dp_step_cost(config: DpStepCostRun, session: Session) -> BenchmarkResult:
     return dp_step_cost.dp_step_cost(config, work=session.work, quick=session.quick, progress=session.progress)
 
 
+def _rank_probe_cost(config: RankProbeCostRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return rank_probe_cost.quick_rank_probe_cost(config, work=session.work, progress=session.progress)
+    return rank_probe_cost.rank_probe_cost(config, runs=session.runs, work=session.work, progress=session.progress)
+
+
+def _rank_worth(config: RankWorthRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return rank_worth.quick_rank_worth(config, work=session.work, data=session.data, progress=session.progress)
+    return rank_worth.rank_worth(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
 def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return routing_composition.quick_routing_composition(config, work=session.work, progress=session.progress)
@@ -193,6 +210,8 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
+    "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
+    "rank-worth": Benchmark(RankWorthRun, _rank_worth, rank_worth.summary),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
     "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, routing_calibration.summary),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, routing_composition.summary),

@@ -47,7 +47,7 @@ def dp_step_cost(
     """
     rows: list[dict[str, object]] = []
     for base in [config.quick_base] if quick else config.bases:
-        folder = _trained_base(base, work, config.seed)
+        folder = trained_base(base, work, config.seed)
         progress(f"{base}: warming up", 0, 0)
         with _arms(folder, config) as arms:
             peaks = {f"{name}_peak_bytes": _peak(arm) for name, arm in arms.items()}
@@ -58,7 +58,7 @@ def dp_step_cost(
     return result.undecided() if quick else result
 
 
-def _trained_base(base: str, work: Path, seed: int) -> Path:
+def trained_base(base: str, work: Path, seed: int) -> Path:
     """A folder of the base that has something to minimise."""
     folder = model_folder(base)
     if is_causal(folder):

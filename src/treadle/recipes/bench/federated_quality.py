@@ -19,45 +19,30 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from transformers import PreTrainedModel
-
 from treadle.configs.bench_federated import FederatedCell, FederatedQualityRun, GridPoint
-from treadle.data.metrics import LabelLikelihood
 from treadle.data.tasks import Task, load_task
 from treadle.errors import InputError
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
-from treadle.models.heads import with_head
-from treadle.models.loading import identity_of, is_causal, load_model, load_tokenizer, model_folder
+from treadle.models.loading import identity_of
 from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.plan import Mechanism, PrivacySettings
 from treadle.progress import Progress, silent
+from treadle.recipes.bench.classification import Classification, classification, classifying_base
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.federated_trial import accuracy_of, split
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import Factors, GlobalState
 from treadle.train.federated.local import OpenedSilo, stepped
 from treadle.train.federated.variants import VariantSettings
-from treadle.train.rows import Row, encoded
 from treadle.train.settings import PrivateSettings
 
 NAME = "federated-quality"
 CENTRAL = "central"
 _JUDGED = ("sst2", 3, "severe")
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class Data:
-    """A task's rows, encoded, and the base model that they are for."""
-
-    model: PreTrainedModel
-    base: Path
-    train: Sequence[Row]
-    validation: Sequence[Row]
-    test: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,7 @@ def federated_quality(
     """
     if data is None:
         raise InputError("the tasks need data files", remedy="pass --data DIR")
-    loaded: dict[str, Data] = {}
+    loaded: dict[str, Classification] = {}
     for trial in _trials(config, runs):
         task = trial.cell.task
         if task not in loaded:
@@ -171,30 +156,21 @@ def best_point(
     return max(config.grid, key=accuracy)
 
 
-def load_data(config: FederatedQualityRun, task: Task, *, root: Path, work: Path) -> Data:
-    """The task's rows for the configured base; an encoder gets a classifier's head, drawn from a seed and frozen."""
-    if not isinstance(task.metric, LabelLikelihood):
-        raise InputError("has no fixed labels", where=f"task {task.name}", remedy="choose a task of classification")
-    base = model_folder(config.base)
-    if not is_causal(base):
-        base = work / f"{config.base}-{task.name}"
-        if not base.exists():
-            with_head(config.base, base, labels=list(task.metric.labels.values()), seed=config.head_seed)
-    model, tokenizer = load_model(str(base), device="cpu", dtype=config.dtype), load_tokenizer(str(base))
-    limits = {"train": config.train_limit, "validation": config.test_limit, "test": config.test_limit}
-    rows = {
-        split: encoded(
-            model,
-            tokenizer,
-            task.examples(split, data_root=root, condition=config.condition, limit=limit),  # type: ignore[arg-type]
-            PrivateSettings(max_length=config.max_length),
-        )
-        for split, limit in limits.items()
-    }
-    return Data(model, base, rows["train"], rows["validation"], rows["test"])
+def load_data(config: FederatedQualityRun, task: Task, *, root: Path, work: Path) -> Classification:
+    """The task's rows for the configured base."""
+    base = classifying_base(config.base, task, work=work, head_seed=config.head_seed)
+    return classification(
+        task,
+        base,
+        root=root,
+        limits={"train": config.train_limit, "validation": config.test_limit, "test": config.test_limit},
+        condition=config.condition,
+        dtype=config.dtype,
+        max_length=config.max_length,
+    )
 
 
-def judged(config: FederatedQualityRun, trial: Trial, data: Data) -> dict[str, object]:
+def judged(config: FederatedQualityRun, trial: Trial, data: Classification) -> dict[str, object]:
     """The trial's record: what it is, its accuracy, and its seconds."""
     begun = time.monotonic()
     family = AdapterFamily.create(
@@ -204,16 +180,16 @@ def judged(config: FederatedQualityRun, trial: Trial, data: Data) -> dict[str, o
         init=config.init,
     )
     state = trained(config, trial, data, family)
-    rows = data.validation if trial.stage == "tune" else data.test
+    rows = data.rows["validation" if trial.stage == "tune" else "test"]
     clients = sorted(state.own) or [""]  # where every client keeps its own B, the mean over clients
     accuracy = fmean(accuracy_of(data.model, state.of_client(client), rows) for client in clients)
     return trial.key() | {"accuracy": accuracy, "seconds": round(time.monotonic() - begun, 1), "commit": commit()}
 
 
-def trained(config: FederatedQualityRun, trial: Trial, data: Data, family: AdapterFamily) -> GlobalState:
+def trained(config: FederatedQualityRun, trial: Trial, data: Classification, family: AdapterFamily) -> GlobalState:
     """The global factors after the last round."""
     parts = split(
-        [row.target[0] for row in data.train],
+        [row.target[0] for row in data.rows["train"]],
         1 if trial.arm == CENTRAL else trial.cell.clients,
         config.skews[trial.cell.skew],
         seed=trial.seed,
@@ -222,7 +198,7 @@ def trained(config: FederatedQualityRun, trial: Trial, data: Data, family: Adapt
     variant = VariantSettings(trial.arm).variant(tuple(family.plan.modules), rounds=config.rounds)
     silos = {
         str(client): (
-            OpenedSilo(data.model, [data.train[place] for place in part]),
+            OpenedSilo(data.model, [data.rows["train"][place] for place in part]),
             _mechanism(config, trial, len(part), batch, client),
         )
         for client, part in enumerate(parts)
