@@ -18,7 +18,9 @@ from treadle.ranks.outputs import Metric, Observe, disagreement, is_out_of_memor
 from treadle.ranks.prefix import Recording, record, replaced, skipping
 from treadle.ranks.probing import Probing
 
-_TOKENS = 1024  # run together at most, unless a single text batch is larger
+# Run together at most, unless a batch of texts alone has more. On a CPU two cores are busy with some hundred tokens,
+# and more together costs memory and no less time; an accelerator waits for work.
+_TOKENS, _TOKENS_ON_ACCELERATORS = 512, 16384
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class _Batch:
     def __init__(self, probing: Probing, ids: Int[Tensor, "texts tokens"], observe: Observe, shaking: Shaking) -> None:
         self._probing, self._ids, self._observe, self._shaking = probing, ids, observe, shaking
         self._copies = 2 if shaking.copies else 1
-        self._together = _TOKENS // (ids.numel() * self._copies)
+        room = _TOKENS if probing.model.device.type == "cpu" else _TOKENS_ON_ACCELERATORS
+        self._together = room // (ids.numel() * self._copies)
         self._recordings: dict[int, Recording] = {}
 
     def measured(self, name: str, layer: nn.Module, trials: Sequence[int]) -> list[tuple[int, Float[Tensor, " texts"]]]:

@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from treadle.data.prompts import Example
 from treadle.errors import InputError
-from treadle.ranks.inputs import ProbeInputs
+from treadle.ranks.inputs import IGNORED, ProbeInputs
 
 
 def test_batches_hold_equal_lengths_and_no_padding(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -36,3 +37,69 @@ def test_wrong_texts_are_one_line(
 ) -> None:
     with pytest.raises(InputError, match=message):
         ProbeInputs.of_texts(tiny_tokenizer, texts, tokens=tokens, batch=batch)
+
+
+def test_no_batch_is_no_probe() -> None:
+    with pytest.raises(InputError, match="no probe text"):
+        ProbeInputs((), "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "labels", [(), (torch.zeros(2, 3),), (torch.zeros(3),), (torch.zeros(2), torch.zeros(2)), (torch.zeros(2, 4, 1),)]
+)
+def test_labels_lie_beside_their_texts(labels: tuple[torch.Tensor, ...]) -> None:
+    with pytest.raises(InputError, match="side by side"):
+        ProbeInputs((torch.zeros(2, 4, dtype=torch.long),), "0" * 64, tuple(label.long() for label in labels))
+
+
+def test_answers_stand_behind_their_prompts(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [Example("the film is", " good"), Example("w40 w41 w42 w43 w44 w45", " not bad"), Example("why", " yes")]
+    inputs = ProbeInputs.of_examples(tiny_tokenizer, examples, tokens=6, batch=2)
+    assert inputs.labels is not None
+    found = {
+        tuple(row.tolist()): tuple(label.tolist())
+        for batch, labels in zip(inputs.batches, inputs.labels, strict=True)
+        for row, label in zip(batch, labels, strict=True)
+    }
+
+    def ids(text: str) -> list[int]:
+        return list(tiny_tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    end = [tiny_tokenizer.eos_token_id]
+    good, bad = ids("good") + end, ids("not bad") + end
+    assert found == {
+        (1, *ids("the film is"), *good): (*[IGNORED] * 4, *good),
+        (*ids("w43 w44 w45"), *bad): (*[IGNORED] * 3, *bad),  # the end of a prompt that is too long
+        (1, *ids("why yes"), *end): (IGNORED, IGNORED, *ids("yes"), *end),
+    }
+    other = ProbeInputs.of_examples(tiny_tokenizer, [Example("the film is", " bad"), *examples[1:]])
+    assert other.text_sha256 != inputs.text_sha256
+
+
+def test_classes_are_labels(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [Example("the film is", " good"), Example("a film not bad", " bad"), Example("is the film", "bad")]
+    inputs = ProbeInputs.of_examples(tiny_tokenizer, examples, classes={"bad": 0, "good": 1}, tokens=4)
+    assert inputs.labels is not None
+    (batch,), (labels,) = inputs.batches, inputs.labels
+    assert batch.shape == (3, 4)
+    assert labels.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("example", "classes", "message"),
+    [
+        (Example("the film", " great"), {"bad": 0, "good": 1}, r"example 2: 'great' is no class .* bad, good"),
+        (Example("the film", ""), None, "example 2: its prompt or its answer has no token"),
+        (Example("the film", " a b c d e f g h"), None, "example 2: its answer alone has 9 tokens of 8"),
+    ],
+)
+def test_answers_that_are_none(
+    tiny_tokenizer: PreTrainedTokenizerFast, example: Example, classes: dict[str, int] | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        ProbeInputs.of_examples(tiny_tokenizer, [Example("a film", " good"), example], classes=classes, tokens=8)
+
+
+def test_no_example_is_no_probe(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="no probe text"):
+        ProbeInputs.of_examples(tiny_tokenizer, [])
