@@ -16,6 +16,7 @@ from treadle.family.injection import inject, linear_shapes
 from treadle.family.peft_format import read
 from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
+from treadle.ranks.allocation import AllocationSettings, allocate, mean_rank_budget
 from treadle.recipes.public_pca import public_pca
 
 # peft 0.21 asks transformers 5.23 in the old way; that is between the two of them.
@@ -88,10 +89,30 @@ def test_peft_opens_adapters_whose_A_comes_from_the_base(
     assert Adapter.load(tmp_path / "a", family=family).family == family.fingerprint
 
 
+ALLOCATIONS = {
+    "the paper's": AllocationSettings(rule="floor", scaling=2.0),
+    "tied kinds in pairs": AllocationSettings(rule="sqrt", multiple=2, ties="kind"),
+    "dropped": AllocationSettings(minimum=0, multiple=2, maximum=8),
+}
+
+
+def allocated(model: PreTrainedModel, settings: AllocationSettings) -> RankPlan:
+    """A plan whose scores rise steeply from layer to layer, so that it drops the first modules where it may."""
+    shapes = linear_shapes(model)
+    scores = {name: float(place**3) for place, name in enumerate(shapes)}
+    return allocate(scores, shapes, budget=mean_rank_budget(shapes, 3), settings=settings)
+
+
+@pytest.mark.parametrize("ranks", ["mixed", *ALLOCATIONS])
 @pytest.mark.parametrize("name", MODELS)
-def test_peft_builds_the_planned_ranks_and_scalings(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_peft_builds_the_planned_ranks_and_scalings(
+    name: str, ranks: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     model = request.getfixturevalue(name)
-    plan = plan_of(model, "mixed")
+    plan = plan_of(model, ranks) if ranks == "mixed" else allocated(model, ALLOCATIONS[ranks])
+    assert len({row.scaling for row in plan.modules.values()}) == 1
+    assert len({row.rank for row in plan.modules.values()}) > 1
+    assert (len(plan.modules) < len(linear_shapes(model))) == (ranks != "tied kinds in pairs")
     member(model, plan, TASK_TYPES[name], transposed=name == "tiny_gpt2").save(tmp_path / "a")
     opened = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
     built = {
@@ -100,6 +121,17 @@ def test_peft_builds_the_planned_ranks_and_scalings(name: str, request: pytest.F
         if hasattr(module, "lora_A")
     }
     assert built == {key: (row.rank, row.scaling) for key, row in plan.modules.items()}
+    # The same file of settings builds a fresh adapter of these ranks, for whoever trains it with PEFT alone.
+    config = LoraConfig.from_pretrained(tmp_path / "a")
+    config.base_model_name_or_path = None  # a model made for a test has no name
+    fresh = get_peft_model(copy.deepcopy(model), config)
+    sizes = {
+        key.removeprefix("base_model.model."): module.lora_A["default"].weight.shape[0]
+        for key, module in fresh.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert sizes == {key: row.rank for key, row in plan.modules.items()}
+    assert sum(p.numel() for key, p in fresh.named_parameters() if "lora_" in key) == plan.count().total
 
 
 FOREIGN = {

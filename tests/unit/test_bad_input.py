@@ -22,7 +22,8 @@ from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
-from treadle.models.loading import load_model, load_tokenizer
+from treadle.models.loading import identity_of, load_model, load_tokenizer
+from treadle.ranks.scores import ModuleScore, ProbeScores
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import save_bank
 from treadle.routing.calibration import PublicCalibration
@@ -42,6 +43,11 @@ def world(
     model, tokenizer = load_model(str(root / "base")), load_tokenizer(str(root / "base"))
     plan = RankPlan.uniform(linear_shapes(model), rank=2)
     plan.save(root / "plan.json")
+    found = {
+        name: ModuleScore(row.shape, ((1.0 + place, 2.0),)) for place, (name, row) in enumerate(plan.modules.items())
+    }
+    base = identity_of(str(root / "base"))
+    ProbeScores(found, "perturbation", {}, 0, None, base, "public: pydoc").save(root / "scores.json")
     families = {name: AdapterFamily.create(base=str(root / "base"), plan=plan, seed=s) for s, name in enumerate("fg")}
     adapters = []
     for name, family in (("a", families["f"]), ("b", families["f"]), ("stranger", families["g"])):
@@ -97,6 +103,22 @@ def train(old: str, new: str) -> Mistake:
 
 def plan(old: str, new: str) -> Mistake:
     return lambda root: ["plan", toml(root, PLAN, old, new)]
+
+
+def replan(*options: str) -> Mistake:
+    """Plan with the saved scores; {root} in an option is the folder."""
+    return lambda root: [
+        *("plan", "--from", str(root / "scores.json"), "--out", str(root / "replanned")),
+        *(option.replace("{root}", str(root)) for option in options),
+    ]
+
+
+def resize(*options: str) -> Mistake:
+    """Give the family the ranks of plan.json; {root} in an option is the folder."""
+    return lambda root: [
+        *("family", "resize", str(root / "family"), str(root / "plan.json")),
+        *(option.replace("{root}", str(root)) for option in options),
+    ]
 
 
 def family_run(lines: str) -> Mistake:
@@ -239,6 +261,108 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         plan("mean_rank = 2", 'mean_rank = 2\nmodules = ["qproj"]'),
         2,
         "no layer is called 'qproj'; choose among",
+    ),
+    "no such probe": (plan("trials = 1", 'name = "guess"'), 2, "no such probe 'guess'; choose among perturbation"),
+    "a setting of another probe": (plan("trials = 1", 'name = "jacobian"\ntrials = 1'), 2, "key 'probe.trials'"),
+    "no such rule": (plan("mean_rank = 2", 'mean_rank = 2\nrule = "best"'), 2, "run.toml: key 'rule'"),
+    "multiples beyond the maximum": (
+        plan("mean_rank = 2", "mean_rank = 2\nmultiple = 8\nmaximum = 4"),
+        2,
+        "run.toml: no multiple of 8 is from 1 to 4; raise the maximum",
+    ),
+    "multiples beyond a layer": (
+        plan("mean_rank = 2", "mean_rank = 2\nmultiple = 32"),
+        2,
+        "no multiple of 32 is a rank of this layer, whose smaller side is",
+    ),
+    "a tied kind that is not planned": (
+        plan("mean_rank = 2", 'mean_rank = 2\nmodules = ["q_proj", "v_proj"]\nties = "qk"'),
+        2,
+        "no planned module is a 'k_proj' to tie; choose among q_proj, v_proj",
+    ),
+    "a probe that lacks labels": (plan("trials = 1", 'name = "gradient"'), 2, "the gradient probe needs labels"),
+    "examples that nobody declared": (
+        plan("[probe]", '[examples]\nsource = "rows.jsonl"\nprompt = "{{text}}"\ncompletion = "{{label}}"\n[probe]'),
+        2,
+        "say whether they may be known with text.public",
+    ),
+    "no such peer": (
+        lambda root: [*plan("", "")(root), "--compare", "uniform,adalora"],
+        2,
+        "no such peer 'adalora'; choose among uniform",
+    ),
+    "a peer that is the plan's own probe": (
+        lambda root: [*plan("", "")(root), "--compare", "perturbation"],
+        2,
+        "'perturbation' is in the comparison already",
+    ),
+    # planning again
+    "saved scores and a run": (
+        lambda root: [*plan("", "")(root), "--from", str(root / "scores.json")],
+        2,
+        "give either RUN.toml, which is probed, or --from scores.json, which is not",
+    ),
+    "neither scores nor a run": (lambda root: ["plan"], 2, "give either RUN.toml"),
+    "options of saved scores beside a run": (
+        lambda root: [*plan("", "")(root), "--mean-rank", "4"],
+        2,
+        "run.toml: --mean-rank belongs to --from; set it in the run's TOML",
+    ),
+    "saved scores without a budget": (replan(), 2, "--from: key '(top level)': Value error, give either mean_rank or"),
+    "a unit of no budget": (replan("--mean-rank", "2", "--unit", "ranks"), 2, "--unit says what a --budget counts"),
+    "a budget of saved scores below the minimum": (
+        replan("--budget", "5"),
+        2,
+        "a budget of 5 (total) is below the",
+    ),
+    "a tie of one kind": (replan("--mean-rank", "2", "--ties", "q_proj"), 2, "ties of ['q_proj'] bind nothing"),
+    "no scores": (
+        done(lambda r: (r / "scores.json").unlink(), replan("--mean-rank", "2")),
+        2,
+        "scores.json: no such file",
+    ),
+    "truncated scores": (done(cut("scores.json"), replan("--mean-rank", "2")), 2, "scores.json: not valid JSON"),
+    "scores that are NaN": (
+        done(
+            lambda r: (r / "scores.json").write_text((r / "scores.json").read_text().replace("2.0", "NaN", 1)),
+            replan("--mean-rank", "2"),
+        ),
+        2,
+        "scores.json: a disagreement is negative or not finite",
+    ),
+    "a plan where scores should be": (
+        lambda root: ["plan", "--from", str(root / "plan.json"), "--mean-rank", "2", "--out", str(root / "x")],
+        2,
+        "plan.json: key 'format' is not 'treadle.probe-scores/1'",
+    ),
+    "scores of another base": (
+        lambda root: (
+            changed_base(root),
+            replan("--mean-rank", "2", "--base", "{root}/other")(root),
+        )[1],
+        2,
+        "scores.json: scores of 'base', whose weights are not those of 'other'",
+    ),
+    "a peer that needs the model": (
+        replan("--mean-rank", "2", "--compare", "jacobian"),
+        2,
+        "there is no scores-jacobian.json beside the scores",
+    ),
+    # other ranks
+    "resized into a folder that is there": (resize("--out", "{root}/a"), 2, "already exists; choose another name"),
+    "resized by another base's plan": (
+        edited(
+            "plan.json",
+            lambda c: c.update(provenance={"base": "other", "base_sha256": "0" * 64}),
+            resize("--out", "{root}/n"),
+        ),
+        2,
+        "the plan was made for 'other', not for 'base'",
+    ),
+    "one adapter resized twice": (
+        resize("--out", "{root}/n", "--adapter", "{root}/a", "--adapter", "{root}/a"),
+        2,
+        "the name 'a' is taken",
     ),
     "base is nowhere": (train("{root}/base", "{root}/nowhere"), 2, "nowhere: no such folder"),
     "base is an adapter": (train("{root}/base", "{root}/a"), 2, "an adapter, not a base model"),

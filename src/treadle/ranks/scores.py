@@ -142,7 +142,12 @@ class ProbeScores:
             and isinstance(rows, list)
         ):
             raise FormatError("a key is missing or has the wrong type", where=path, remedy="probe again")
-        modules = read_modules(rows, _score_of, where=path, remedy="probe again")
+        try:
+            modules = read_modules(rows, _score_of, where=path, remedy="probe again")
+        except FormatError:
+            raise
+        except InputError as error:  # of values that are no scores; they do not know the file
+            raise FormatError(error.what, where=path, remedy=error.remedy) from error
         return ProbeScores(modules, probe, settings, seed, digest, _base_of(base, path), text)
 
 

@@ -41,7 +41,7 @@ def inspection_page(found: Inspection) -> str:
         maps.append(("Where it changes the model", _change_map(found.modules, found.name)))
     if found.modules:
         ranks = {row.module: row.rank for row in found.modules}
-        maps.append(("Ranks", rank_map(ranks)))
+        maps.append(("Ranks", _rank_map(ranks)))
     return rendered("inspection.html.jinja", {"found": found, "maps": maps, "updated": updated})
 
 
@@ -59,7 +59,7 @@ def _change_map(rows: Sequence[ModuleRow], name: str) -> Markup:
     return Markup('<p class="axis">{}</p>').format(what) + heat_map(cells, title=f"{what} of {name}", row_head="layer")
 
 
-def rank_map(ranks: Mapping[str, int]) -> Markup:
+def _rank_map(ranks: Mapping[str, int]) -> Markup:
     """A map of layers × kinds of modules."""
     places = placed(list(ranks))
     cells = {places[module]: Cell(float(rank), str(rank), f"{module}: rank {rank}") for module, rank in ranks.items()}
@@ -136,7 +136,7 @@ def demo_page(result: DemoResult) -> str:
         "fingerprint": result.fingerprint,
         "overlap": result.overlap,
         "seconds": result.seconds,
-        "plan": rank_map({module: row.rank for module, row in result.plan.modules.items()}),
+        "plan": _rank_map({module: row.rank for module, row in result.plan.modules.items()}),
         "modules": len(result.plan.modules),
         "parameters": count.lora_B,
         "legend": legend(tints),

@@ -10,7 +10,7 @@ from treadle.recipes.plan import Planned
 from treadle.recipes.rank_peers import Peer, ranks_of
 from treadle.reports.charts import Cell, Dot, colours, dot_chart, heat_map, legend, line_chart
 from treadle.reports.layers import placed
-from treadle.reports.pages import rank_map, rendered
+from treadle.reports.pages import rendered
 
 _SHOWN = 20  # modules in the chart of intervals, the highest scores first
 
@@ -20,6 +20,7 @@ def plan_page(made: Planned) -> str:
     ranks, count, told = ranks_of(made.plan, made.scores), made.plan.count(), made.plan.provenance
     scores = made.scores.modules
     kept = [rank for rank in ranks.values() if rank]
+    top = max(rank for row in (ranks, *(peer.ranks for peer in made.peers)) for rank in row.values())
     return rendered(
         "plan.html.jinja",
         {
@@ -35,12 +36,12 @@ def plan_page(made: Planned) -> str:
                 "budget left": f"{int(told.get('lost', '0')):,}",
             },
             "scores": _score_map(scores),
-            "ranks": rank_map(ranks),
+            "ranks": _rank_map(ranks, ranks, "the plan", top),
             "parameters": _parameter_map(made, ranks),
             "depth": _depth(scores),
             "intervals": _intervals(scores),
             "peers": [_peer_row(peer, count.total) for peer in made.peers],
-            "peer_maps": [(peer.name, _peer_map(ranks, peer)) for peer in made.peers],
+            "peer_maps": [(peer.name, _rank_map(peer.ranks, ranks, peer.name, top)) for peer in made.peers],
             "rows": [_row(made, name, ranks) for name in scores],
             "facts": {key: value or "–" for key, value in told.items()},
         },
@@ -125,13 +126,14 @@ def _peer_row(peer: Peer, total: int) -> tuple[str, ...]:
     )
 
 
-def _peer_map(ranks: Mapping[str, int], peer: Peer) -> Markup:
+def _rank_map(ranks: Mapping[str, int], planned: Mapping[str, int], whose: str, top: int) -> Markup:
+    """Ranks in the blues of one scale, so that maps beside each other compare."""
     places = placed(list(ranks))
     cells = {
-        places[name]: Cell(float(rank), f"{rank}", f"{name}: rank {rank}, in the plan {ranks[name]}")
-        for name, rank in peer.ranks.items()
+        places[name]: Cell(float(rank), f"{rank}", f"{name}: rank {rank}, in the plan {planned[name]}")
+        for name, rank in ranks.items()
     }
-    return heat_map(cells, title=f"ranks by {peer.name}", row_head="layer")
+    return heat_map(cells, title=f"ranks by {whose}", row_head="layer", highest=float(top))
 
 
 def _row(made: Planned, name: str, ranks: Mapping[str, int]) -> tuple[str, ...]:
