@@ -68,7 +68,7 @@ def test_figures_are_those_of_the_arms(config: RankProbeCostRun) -> None:
     assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(
         {
             "prefix_speedup": 30 * 4 / 2 / 20,
-            "prefix_difference": 1e-6,
+            "prefix_difference": 4e-6,
             "jacobian_speedup": 30 * 4 / 2 / 0.5,
             "jacobian_spearman": 1.0,
             "jacobian_of_training": 0.5 / (0.1 * 500),

@@ -88,9 +88,13 @@ def _arms(
     """Arm → what runs it once and returns its scores."""
     shapes = linear_shapes(model)
 
+    # A pooler reads one row a text: too few for EVA to find directions in.
+    by_rows = {name: shape for name, shape in shapes.items() if "pooler" not in name}
+
     def by(settings: ProbeSettings) -> Callable[[], Means]:
+        chosen = by_rows if isinstance(settings, EvaSettings) else shapes
         return lambda: probe_scores(
-            model, inputs, shapes, settings=settings, seed=config.seed, progress=progress
+            model, inputs, chosen, settings=settings, seed=config.seed, progress=progress
         ).means()
 
     shaking = PerturbationSettings(trials=config.trials)
@@ -169,7 +173,7 @@ def summary(config: RankProbeCostRun, runs: Sequence[Mapping[str, object]]) -> B
 
     metrics = {
         "prefix_speedup": Metric.against(figure("prefix_speedup"), "1", at_least=1.7),
-        "prefix_difference": Metric.against(figure("prefix_difference"), "1", at_most=1e-6),
+        "prefix_difference": Metric.against(figure("prefix_difference"), "logit", at_most=1e-6),
         "jacobian_speedup": Metric.against(figure("jacobian_speedup"), "1", at_least=50.0),
         "jacobian_spearman": Metric.against(figure("jacobian_spearman"), "1", at_least=0.9),
         "jacobian_of_training": Metric.against(figure("jacobian_of_training"), "1", at_most=0.02),
@@ -194,12 +198,11 @@ def _row(base: str, arms: Mapping[str, Mapping[str, object]], config: RankProbeC
         "training_seconds": steps,
         **{f"{arm}_peak_bytes": run["peak_bytes"] for arm, run in arms.items()},
         "prefix_speedup": naive / seconds["prefix"],
-        # of a score, relative to it
-        "prefix_difference": max(abs(means["prefix"][name] / score - 1) for name, score in means["naive"].items()),
+        "prefix_difference": max(abs(means["prefix"][name] - score) for name, score in means["naive"].items()),
         "jacobian_speedup": naive / seconds["jacobian"],
         "jacobian_speedup_over_prefix": seconds["prefix"] / seconds["jacobian"],
         "jacobian_spearman": spearman(means["jacobian"], means["prefix"]),
-        "eva_spearman": spearman(means["eva"], means["prefix"]),
+        "eva_spearman": spearman(means["eva"], {name: means["prefix"][name] for name in means["eva"]}),
         "jacobian_of_training": seconds["jacobian"] / steps,
         "text_sha256": arms["prefix"]["text_sha256"],
     }
