@@ -4,6 +4,7 @@ Everything is computed in rational numbers: the same scores give the same ranks 
 or the machine.
 """
 
+import heapq
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -265,11 +266,18 @@ def _ideal_ranks(groups: Sequence[_Group], budget: Budget) -> dict[_Group, Fract
 def _spend_rest(ranks: dict[_Group, int], ideal: Mapping[_Group, Fraction], budget: Budget, multiple: int) -> None:
     """Raise ranks, the furthest below its ideal first, until the rest pays for no permitted step."""
     rest = budget.value - _spent(ranks)
-    while steps := [g for g in ranks if g.cost * multiple <= rest and ranks[g] + multiple <= g.most]:
-        # Weight, then name, settle ties, so that neither order nor chance does.
-        chosen = max(steps, key=lambda group: (ideal[group] - ranks[group], group.weight, group.name))
-        ranks[chosen] += multiple
-        rest -= chosen.cost * multiple
+    # Weight, then name, settle ties, so that neither order nor chance does.
+    order = sorted(ranks, key=lambda group: (group.weight, group.name), reverse=True)
+    waiting = [(ranks[group] - ideal[group], place) for place, group in enumerate(order)]
+    heapq.heapify(waiting)
+    while waiting:
+        above, place = heapq.heappop(waiting)
+        chosen = order[place]
+        step = chosen.cost * multiple
+        if step <= rest and ranks[chosen] + multiple <= chosen.most:  # else never again: the rest only shrinks
+            ranks[chosen] += multiple
+            rest -= step
+            heapq.heappush(waiting, (above + multiple, place))
 
 
 def _spent(ranks: Mapping[_Group, int]) -> int:
