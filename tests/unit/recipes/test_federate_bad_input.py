@@ -244,7 +244,7 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     "no certificate at the silo": (node(NODE, old="cert.pem", new="crt.pem"), 2, "crt.pem: no such file"),
     "a key for a certificate": (node(NODE, old="cert.pem", new="key.pem"), 2, "not a certificate in PEM"),
     "no key at the silo": (
-        node(NODE.replace("cert", "new").replace("/key", "/kye")),
+        node(NODE.replace("/cert.pem", "/new.pem").replace("/key", "/kye")),
         2,
         "kye.pem: no such file",
     ),
