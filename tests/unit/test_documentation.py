@@ -70,7 +70,9 @@ def test_every_shown_run_is_sound(title: str, text: str) -> None:
 
 
 def test_runs_are_shown() -> None:
-    assert {"audit", "plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {title for title, _ in shown_runs()}
+    assert {"audit", "plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {
+        title for title, _ in shown_runs()
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
