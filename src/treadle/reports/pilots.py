@@ -58,7 +58,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes as people read them, to three digits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:

@@ -292,7 +292,7 @@ WRONG = {
     "text for nobody": ("[grid]", '[text]\nsource = "pydoc"\n[grid]', "[text] is for init 'public-pca'"),
     "no such init": ('["kaiming"]', '["pissa"]', "key 'grid.init.0'"),
     "accuracy above 1": ("accuracy = 0.0", "accuracy = 70", "key 'go.accuracy'"),
-    "neither silos nor a server": ("silos = [", "#", "give either silos, to run them in this process, or superlink"),
+    "neither silos nor a server": ("silos = [", "#", "give either silos, to run them on this machine, or superlink"),
     "batch of none": ("expected_batch = 4", "expected_batch = 0", "expected_batch is 0; it must be at least 1"),
 }
 
