@@ -48,7 +48,8 @@ class SystemRandomness(PrivateRandomness):
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
         except ImportError as error:
             raise UnavailableError("cryptography is not installed", remedy="pip install 'treadle[privacy]'") from error
-        self._stream = lambda: Cipher(algorithms.ChaCha20(os.urandom(32), os.urandom(16)), None).encryptor()
+        # What cryptography calls the nonce begins with the count of blocks, 4 bytes: at 0, or the stream may run over.
+        self._stream = lambda: Cipher(algorithms.ChaCha20(os.urandom(32), bytes(4) + os.urandom(12)), None).encryptor()
 
     def words(self, count: int) -> Words:
         """Integers of the key's stream."""

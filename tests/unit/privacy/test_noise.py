@@ -92,11 +92,16 @@ def test_the_system_is_asked_for_a_new_key_each_time(monkeypatch: pytest.MonkeyP
 
 
 def test_the_stream_is_chacha20(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RFC 8439 §2.3.2: key 00…1f, block counter 1, nonce 00 00 00 09 00 00 00 4a 00 00 00 00."""
-    keys = {32: bytes(range(32)), 16: bytes.fromhex("01000000 00000009 0000004a 00000000")}
-    monkeypatch.setattr(os, "urandom", lambda size: keys[size])
-    expected = "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
+    """RFC 8439 appendix A.1, test vector 1: key, block counter and nonce all zero."""
+    monkeypatch.setattr(os, "urandom", bytes)
+    expected = "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
     assert SystemRandomness().words(4).tobytes().hex() == expected
+
+
+def test_no_draw_of_the_operating_system_ends_the_stream_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count of blocks that began at a random number ran over once in 2^32 / blocks calls."""
+    monkeypatch.setattr(os, "urandom", lambda size: b"\xff" * size)
+    assert len(set(SystemRandomness().words(1000).tolist())) == 1000
 
 
 def test_without_cryptography_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
