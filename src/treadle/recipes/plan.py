@@ -30,6 +30,7 @@ from treadle.ranks.stability import until_settled
 from treadle.recipes.rank_peers import Peer, check_names, is_probe, name_of, peer_of, settings_of
 from treadle.recipes.train import examples_of
 from treadle.train.objectives import Kind, kind_of
+from treadle.train.rows import classes_of
 
 PLAN, SCORES = "plan.json", "scores.json"
 
@@ -133,8 +134,7 @@ def probe_inputs(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedT
     text = config.text
     if config.examples is not None:
         examples = examples_of(config.examples, shares={}, seed=config.seed)[: text.sequences]
-        classifies = kind_of(model) is Kind.CLASSIFIER
-        classes = {name: int(n) for name, n in (model.config.label2id or {}).items()} if classifies else None
+        classes = classes_of(model) if kind_of(model) is Kind.CLASSIFIER else None
         return ProbeInputs.of_examples(tokenizer, examples, classes=classes, tokens=text.tokens)
     # Two words a token, so that even a passage of half that length fills its tokens.
     found = public_texts(text.source, limit=text.sequences, words=2 * text.tokens, seed=config.seed)

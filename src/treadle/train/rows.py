@@ -131,8 +131,13 @@ def _row(
     return Row(_cut(prompt, special, room), target, truncated=True)
 
 
+def classes_of(model: PreTrainedModel) -> dict[str, int]:
+    """Name → number of a classifier's classes."""
+    return {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
+
+
 def _class_of(model: PreTrainedModel, example: Example, where: str) -> int:
-    names = {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
+    names = classes_of(model)
     label = example.completion.strip()
     if label not in names:
         raise InputError(f"{label!r} is no class of the model", where=where, remedy=f"choose among {', '.join(names)}")

@@ -67,8 +67,13 @@ def classifying_base(base: str, task: Task, *, work: Path, head_seed: int) -> Pa
     """
     if not isinstance(task.metric, LabelLikelihood):
         raise InputError("has no fixed labels", where=f"task {task.name}", remedy="choose a task of classification")
+    return trained_base(base, work, name=task.name, labels=list(task.metric.labels.values()), seed=head_seed)
+
+
+def trained_base(base: str, work: Path, *, name: str, labels: Sequence[str], seed: int) -> Path:
+    """A folder of the base that has something to minimise: an encoder gets a drawn head, in `work`, as BASE-`name`."""
     folder = model_folder(base)
     if is_causal(folder):
         return folder
-    out = work / f"{folder.name}-{task.name}"
-    return out if out.exists() else with_head(base, out, labels=list(task.metric.labels.values()), seed=head_seed)
+    out = work / f"{folder.name}-{name}"
+    return out if out.exists() else with_head(base, out, labels=labels, seed=seed)

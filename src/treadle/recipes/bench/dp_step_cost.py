@@ -18,11 +18,11 @@ from treadle import randomness
 from treadle.configs.bench import DpStepCostRun
 from treadle.errors import UnavailableError
 from treadle.family.injection import linear_shapes, trainable
-from treadle.models.heads import with_head
-from treadle.models.loading import is_causal, load_model, model_folder
+from treadle.models.loading import load_model
 from treadle.privacy.noise import SystemRandomness
 from treadle.privacy.plan import PrivacySettings
 from treadle.progress import Progress, silent
+from treadle.recipes.bench.classification import trained_base
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.recipes.footprint import forget_peak, peak_bytes
 from treadle.train.objectives import Kind, kind_of, summed_loss
@@ -47,7 +47,7 @@ def dp_step_cost(
     """
     rows: list[dict[str, object]] = []
     for base in [config.quick_base] if quick else config.bases:
-        folder = trained_base(base, work, config.seed)
+        folder = trained_base(base, work, name="two-classes", labels=("no", "yes"), seed=config.seed)
         progress(f"{base}: warming up", 0, 0)
         with _arms(folder, config) as arms:
             peaks = {f"{name}_peak_bytes": _peak(arm) for name, arm in arms.items()}
@@ -56,15 +56,6 @@ def dp_step_cost(
     settings = config.model_dump(mode="json") | {"quick": quick}
     result = BenchmarkResult(NAME, device_name(), commit(), settings, _metrics(rows), rows)
     return result.undecided() if quick else result
-
-
-def trained_base(base: str, work: Path, seed: int) -> Path:
-    """A folder of the base that has something to minimise."""
-    folder = model_folder(base)
-    if is_causal(folder):
-        return folder
-    out = work / f"{folder.name}-two-classes"
-    return out if out.exists() else with_head(base, out, labels=("no", "yes"), seed=seed)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,15 @@ from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.plan import Mechanism, PrivacySettings
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.classification import Classification, classification, classifying_base
-from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.recipes.bench.result import (
+    BenchmarkResult,
+    Metric,
+    commit,
+    device_name,
+    finished_runs,
+    is_recorded,
+    record_run,
+)
 from treadle.recipes.federated_trial import accuracy_of, split
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import Factors, GlobalState
@@ -134,8 +142,7 @@ def _trials(config: FederatedQualityRun, runs: Path) -> Iterator[Trial]:
 
 
 def _missing(trial: Trial, runs: Path) -> Iterator[Trial]:
-    key = trial.key()
-    if not any(key.items() <= run.items() for run in finished_runs(runs)):
+    if not is_recorded(runs, trial.key()):
         yield trial
 
 

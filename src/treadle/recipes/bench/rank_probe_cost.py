@@ -28,7 +28,7 @@ from treadle.ranks.outputs import disagreement, observer
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import ProbeSettings, probe_scores
 from treadle.ranks.stability import spearman
-from treadle.recipes.bench.dp_step_cost import trained_base
+from treadle.recipes.bench.classification import trained_base
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.footprint import forget_peak, peak_bytes
 from treadle.train.objectives import Kind, kind_of, summed_loss
@@ -52,7 +52,7 @@ def rank_probe_cost(
         arms = {"naive", "prefix", "jacobian", "eva", "training"}
         if all((base, arm) in done for arm in arms):
             continue
-        folder = trained_base(base, work, config.seed)
+        folder = trained_base(base, work, name="two-classes", labels=("no", "yes"), seed=config.seed)
         model, inputs = load_model(str(folder), device="cpu"), _inputs(folder, config)
         for arm, run in _arms(model, inputs, config, progress).items():
             if (base, arm) not in done:

@@ -32,14 +32,24 @@ from treadle.models.loading import identity_of, is_causal, load_model
 from treadle.progress import Progress, silent
 from treadle.ranks.allocation import AllocationSettings, allocate, mean_rank_budget
 from treadle.ranks.controls import controls
+from treadle.ranks.eva import EvaSettings
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.probes import probe_scores
 from treadle.ranks.scores import ProbeScores
 from treadle.recipes.bench.classification import Classification, classification, classifying_base
-from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.recipes.bench.result import (
+    BenchmarkResult,
+    Metric,
+    commit,
+    device_name,
+    finished_runs,
+    is_recorded,
+    record_run,
+)
 from treadle.recipes.federated_trial import accuracy_of
 from treadle.recipes.rank_peers import settings_of
 from treadle.train.federated.factors import Factors
+from treadle.train.rows import classes_of
 from treadle.train.sft import train_sft
 
 NAME = "rank-worth"
@@ -98,11 +108,12 @@ class Bench:
 
     def scores(self, task: str, probe: str, read: Classification, *, mean_rank: int) -> ProbeScores:
         """The probe's scores of all layers of the task's base; EVA, which shares out ranks itself, is told how many."""
-        path = self.work / f"scores-{task}-{probe}-{mean_rank}.json"
+        settings = settings_of(probe, mean_rank=mean_rank)
+        of_budget = f"-{mean_rank}" if isinstance(settings, EvaSettings) else ""
+        path = self.work / f"scores-{task}-{probe}{of_budget}.json"
         if not path.exists():
             model = load_model(str(read.base), device="cpu")  # float32: a probe's differences are small
             inputs = _probe_inputs(self.config, read, labelled=probe in _NEEDS_LABELS)
-            settings = settings_of(probe, mean_rank=mean_rank)
             shapes = linear_shapes(model)
             probe_scores(model, inputs, shapes, settings=settings, progress=self.progress).save(path)
         return ProbeScores.load(path)
@@ -151,7 +162,7 @@ def quick_rank_worth(
             "tokens": 16,
         }
     )
-    result = rank_worth(small, runs=work / "quick.runs.jsonl", work=work, data=data, progress=progress)
+    result = rank_worth(small, runs=work / "quick" / "runs.jsonl", work=work / "quick", data=data, progress=progress)
     return result.undecided()
 
 
@@ -172,7 +183,7 @@ def _trials(config: RankWorthRun, runs: Path) -> Iterator[Trial]:
 
 
 def _missing(trial: Trial, runs: Path) -> Iterator[Trial]:
-    if not any(trial.key().items() <= run.items() for run in finished_runs(runs)):
+    if not is_recorded(runs, trial.key()):
         yield trial
 
 
@@ -247,8 +258,7 @@ def _probe_inputs(config: RankWorthRun, read: Classification, *, labelled: bool)
     if not labelled:
         passages = public_texts(limit=config.sequences, words=2 * config.tokens).passages
         return ProbeInputs.of_texts(read.tokenizer, passages, tokens=config.tokens)
-    labels = read.model.config.label2id or {}
-    classes = None if is_causal(read.base) else {str(name): int(number) for name, number in labels.items()}
+    classes = None if is_causal(read.base) else classes_of(read.model)
     examples = read.examples["train"][: config.sequences]
     return ProbeInputs.of_examples(read.tokenizer, examples, classes=classes, tokens=config.tokens)
 

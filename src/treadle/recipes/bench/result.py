@@ -102,6 +102,11 @@ def finished_runs(path: Path) -> Iterator[dict[str, object]]:
             yield json.loads(line)
 
 
+def is_recorded(path: Path, key: Mapping[str, object]) -> bool:
+    """Whether a finished run has all of these entries."""
+    return any(key.items() <= run.items() for run in finished_runs(path))
+
+
 def record_run(path: Path, run: Mapping[str, object]) -> None:
     """Append a finished run; the file is replaced whole, so a crash leaves the earlier runs."""
     earlier = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finished_runs(path))
