@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from treadle.recipes.superlink import Command
 
 SECONDS = 600.0  # a quiet machine needs one of them; a busy one must not fail for it
+KEPT_OF_A_LOG = 4000
 
 RUN = """
 family = "{root}/family"
@@ -121,10 +122,15 @@ class Consortium:
         main = ("-c", "from treadle.cli.app import main; main()")
         return self.start(name, Command((sys.executable, *main, "federate", "silo", str(toml)), os.environ))
 
+    def log(self, name: str) -> str:
+        """What the process has printed."""
+        path = self.root / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
     def wait_for(self, name: str, words: str) -> None:
         """Return once the process has said so."""
         end = time.monotonic() + SECONDS
-        while words not in (text := (self.root / f"{name}.log").read_text()):
+        while words not in (text := self.log(name)):
             assert time.monotonic() < end, text
             assert self.running[name].poll() is None, text
             time.sleep(0.2)
@@ -151,6 +157,7 @@ def consortium(
 
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # seven processes that each take every core starve Flower's heartbeats
     monkeypatch.chdir(tmp_path)
     tiny_llama.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
@@ -161,4 +168,6 @@ def consortium(
         subprocess.run(line.split(), check=True, capture_output=True)
     made = Consortium(tmp_path, free_port(), {})
     yield made
+    for name in made.running:  # a test that passes has stopped them itself; of one that fails, the logs say why
+        print(f"--- the end of {name}.log\n{made.log(name)[-KEPT_OF_A_LOG:]}")
     made.stop(*reversed(made.running))

@@ -32,8 +32,9 @@ PROMPTS = {
     "counts": "number number {text} number number number",
 }
 LABELS = {"signs": ("good", "bad"), "films": ("yes", "no"), "counts": ("positive", "negative")}
-ROWS = 120
-WORK = "rounds = 2\nlocal_steps = 4\nexpected_batch = 40\nlearning_rate = 4.0"
+# The noise is never seeded, so the rows must drown it: a batch of 40 of 120 sent prompts astray in one run of ten.
+ROWS = 900
+WORK = "rounds = 2\nlocal_steps = 4\nexpected_batch = 300\nlearning_rate = 4.0"
 PUBLIC = "who where when a colour of the answer ( not bad ) is : 1 2 3 + 4 = n o p q r s t u v x y z w41 w42 w43 w44"
 
 BUILD = """

@@ -177,16 +177,22 @@ def _follow(config: FederateRun, outcome: Path, progress: Progress, seen: Callab
             seen(now)
         if time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS:
             asked = time.monotonic()
-            if _is_over(_flwr(config, ["ls", "treadle", "--format", "json"])) and not outcome.exists():
-                raise UnavailableError("the run ended without an outcome", remedy="see the SuperLink's log")
+            ended = _ended(_flwr(config, ["ls", "treadle", "--format", "json"]))
+            if ended and not outcome.exists():
+                raise UnavailableError(
+                    f"the run ended without an outcome: {ended}",
+                    remedy="the SuperLink's log may say why; `treadle federate resume` goes on from the last round",
+                )
         time.sleep(1)
     seen(watched(config))
 
 
-def _is_over(listing: str) -> bool:
-    """Whether the newest run of Flower's list is finished."""
+def _ended(listing: str) -> str:
+    """How the newest run of Flower's list ended, with Flower's details; empty while it has not."""
     runs = json.loads(listing[listing.index("{") :]).get("runs", [])
-    return bool(runs) and str(runs[0].get("status", "")).startswith("finished")
+    status = str(runs[0].get("status", "")) if runs else ""
+    details = str(runs[0].get("status-details") or "") if runs else ""
+    return ", ".join(filter(None, (status, details))) if status.startswith("finished") else ""
 
 
 def _made(config: FederateRun, outcome: Path) -> FederatedRun:
