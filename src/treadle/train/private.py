@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from treadle.data.prompts import Example
 from treadle.errors import TreadleError
+from treadle.example_gradients import per_example_gradients
 from treadle.family.adapter import Adapter, Provenance, package_versions
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import trainable
-from treadle.privacy.gradients import MicroBatch, per_example_gradients
+from treadle.privacy.gradients import MicroBatch
 from treadle.privacy.noise import SystemRandomness
 from treadle.privacy.plan import DPPlan, Mechanism
 from treadle.progress import Progress, silent
