@@ -16,7 +16,22 @@ import typer
 from typer.core import TyperGroup
 
 from treadle import __version__
-from treadle.cli import audit, bank, bench, demo, eval, family, federate, inspect, ledger, models, plan, route, train
+from treadle.cli import (
+    audit,
+    bank,
+    bench,
+    classify,
+    demo,
+    eval,
+    family,
+    federate,
+    inspect,
+    ledger,
+    models,
+    plan,
+    route,
+    train,
+)
 from treadle.errors import InputError, TreadleError
 
 HELP = """Fleets of LoRA adapters over one frozen base model: planned, trained, banked and routed.
@@ -28,7 +43,7 @@ HELP = """Fleets of LoRA adapters over one frozen base model: planned, trained, 
 """
 
 ORDER = (
-    *("models", "plan", "family", "train", "federate", "ledger", "audit"),
+    *("models", "plan", "family", "classify", "train", "federate", "ledger", "audit"),
     *("inspect", "bank", "route", "eval", "demo", "bench"),
 )
 
@@ -125,7 +140,10 @@ def options(
     """Take the options that stand before a command."""
 
 
-for module in (models, plan, family, train, federate, ledger, audit, inspect, bank, route, eval, demo, bench):
+for module in (
+    *(models, plan, family, classify, train, federate, ledger, audit),
+    *(inspect, bank, route, eval, demo, bench),
+):
     module.register(app)
 
 

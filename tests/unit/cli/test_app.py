@@ -37,6 +37,7 @@ def test_the_commands_are_those_of_the_design() -> None:
         "plan",
         "family new",
         "family resize",
+        "classify",
         "train",
         "audit",
         "federate run",
