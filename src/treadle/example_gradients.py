@@ -2,7 +2,8 @@
 
 For a weight W that acts as y = z·Wᵀ on an example's positions t, the example's gradient is Σ_t g_t z_tᵀ with g the
 gradient at y. With W = lora_B and z = A·x that is (out_features, rank) an example: what the ordinary backward pass
-multiplies anyway, only not yet added up over the examples.
+multiplies anyway, only not yet added up over the examples. Where only Σ_o G_or W_or of a column r is asked for, it is
+Σ_t z_tr (Wᵀg_t)_r, and no matrix G is made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,39 @@ def per_example_gradients(
         UnsupportedError: a weight is used in another way, or on something whose first axis is not the examples.
         TreadleError: no weight takes part in the loss.
     """
-    watch = _Watch(weights, examples)
+    return _watched(loss, weights, examples, _gradients)
+
+
+def per_example_gates(
+    loss: Callable[[], Tensor], weights: Mapping[str, nn.Parameter], examples: int
+) -> dict[str, Float[Tensor, "examples inner"]]:
+    """The derivative of every example's share of `loss()` by a factor on each column of a weight, at factor 1.
+
+    For column r it is Σ_o G_or W_or, with G the example's gradient. With W = lora_B, and z = A·x its only input, it is
+    as well Σ_i over row r of A of A's gradient times A: a factor on the column of B is one on the row of A.
+
+    Args and Raises: those of `per_example_gradients`.
+    """
+    return _watched(loss, weights, examples, _gates)
+
+
+_Reduction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps g (examples, positions, out), z (examples, positions, inner) and W to what is kept of every example."""
+
+
+def _gradients(g: Tensor, z: Tensor, weight: Tensor) -> Float[Tensor, "examples out inner"]:
+    few = g.shape[2] < z.shape[2]  # batched products are twice as fast with the short side first
+    return torch.bmm(g.mT, z) if few else torch.bmm(z.mT, g).mT
+
+
+def _gates(g: Tensor, z: Tensor, weight: Tensor) -> Float[Tensor, "examples inner"]:
+    return ((g @ weight) * z).sum(1)
+
+
+def _watched(
+    loss: Callable[[], Tensor], weights: Mapping[str, nn.Parameter], examples: int, reduce: _Reduction
+) -> dict[str, Tensor]:
+    watch = _Watch(weights, examples, reduce)
     with watch:
         total = loss()
     if not watch.used:
@@ -42,18 +75,19 @@ def per_example_gradients(
     for name, gradient in zip(weights, cast("tuple[Tensor | None, ...]", rest), strict=True):
         if gradient is not None:
             raise UnsupportedError("it is used as more than a linear layer's weight", where=name, remedy="leave it out")
-    return watch.gradients
+    return watch.found
 
 
 class _Watch(TorchFunctionMode):
     """A block in which `linear` by one of the weights remembers what its backward pass is to know."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], examples: int) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], examples: int, reduce: _Reduction) -> None:
         super().__init__()
         self._names = {id(weight): name for name, weight in weights.items()}
         self._examples = examples
+        self._reduce = reduce
         self.used = False
-        self.gradients: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
 
     def __torch_function__(
         self,
@@ -72,25 +106,25 @@ class _Watch(TorchFunctionMode):
                 )
             self.used = True
             bias = args[2:] or tuple((kwargs or {}).values())
-            output = _Product.apply(args[0], args[1], _Record(name, self.gradients))
+            output = _Product.apply(args[0], args[1], _Record(name, self.found, self._reduce))
             return output + bias[0] if bias and bias[0] is not None else output
         return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class _Record:
-    """Where the gradients of one weight go."""
+    """Where what is kept of one weight goes."""
 
     name: str
-    gradients: dict[str, Tensor]
+    found: dict[str, Tensor]
+    reduce: _Reduction
 
-    def add(self, g: Float[Tensor, "examples *_ out"], z: Float[Tensor, "examples *_ inner"]) -> None:
-        """Take up Σ_t g_t z_tᵀ of every example; a weight that is used twice gets both."""
+    def add(self, g: Float[Tensor, "examples *_ out"], z: Float[Tensor, "examples *_ inner"], weight: Tensor) -> None:
+        """Take up the part of one use; a weight that is used twice gets both."""
         g, z = g.flatten(1, -2) if g.dim() > 2 else g[:, None], z.flatten(1, -2) if z.dim() > 2 else z[:, None]
-        few = g.shape[2] < z.shape[2]  # batched products are twice as fast with the short side first
-        found = torch.bmm(g.mT, z) if few else torch.bmm(z.mT, g).mT
-        earlier = self.gradients.get(self.name)
-        self.gradients[self.name] = found if earlier is None else earlier + found
+        part = self.reduce(g, z, weight)
+        earlier = self.found.get(self.name)
+        self.found[self.name] = part if earlier is None else earlier + part
 
 
 class _Product(torch.autograd.Function):
@@ -106,5 +140,5 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:  # noqa: ANN401
         z, weight = ctx.saved_tensors
         (g,) = gradients
-        ctx.record.add(g, z)
+        ctx.record.add(g, z, weight)
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from treadle.errors import TreadleError, UnsupportedError
-from treadle.example_gradients import per_example_gradients
+from treadle.example_gradients import per_example_gates, per_example_gradients
 
 Weights = dict[str, nn.Parameter]
 
@@ -51,15 +51,18 @@ def looped(losses: Callable[[Tensor], Tensor], weights: Weights, x: Tensor) -> l
     rank=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_the_gradients_are_the_loops(
+def test_gradients_and_gates_are_the_loops(
     examples: int, positions: int, inner: int, outer: int, rank: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     net, x = Net(inner, outer, rank), torch.randn(examples, positions, inner)
     found = per_example_gradients(lambda: net.losses(x).sum(), net.weights, examples)
+    gates = per_example_gates(lambda: net.losses(x).sum(), net.weights, examples)
     for i, gradients in enumerate(looped(net.losses, net.weights, x)):
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-4, atol=1e-5)
+            gate = (gradient * net.weights[name].detach()).sum(0)
+            torch.testing.assert_close(gates[name][i], gate, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_left_behind() -> None:
