@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ Score = Literal["taylor", "gradient", "fisher", "printed"]
 A rank's φ is 1 and its gradient by sample Σ G·φ over its column of lora_B, and over its row of lora_A where A is
 trained: summed before it is squared.
 """
+
+SCORES: tuple[Score, ...] = get_args(Score)
+"""All of them, the article's first."""
 
 Loss = Callable[[Sequence[int]], Tensor]
 """Runs the model on the samples of these numbers, which stand in this order along every input's first axis, and

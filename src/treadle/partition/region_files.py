@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treadle import files
 from treadle.errors import FormatError, InputError
-from treadle.partition.importance import Importance, Score
+from treadle.partition.importance import SCORES, Importance, Score
 from treadle.partition.regions import Facts, Regions
 from treadle.partition.units import Granularity, Mask
 
@@ -73,7 +73,7 @@ def load_regions(path: Path) -> Regions:
 
 def _regions(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Regions:
     granularity, score = header["granularity"], header["score"]
-    if granularity not in get_args(Granularity) or score not in get_args(Score):
+    if granularity not in get_args(Granularity) or score not in SCORES:
         raise ValueError(f"{granularity!r} by {score!r}")
     samples, sizes, facts = (_table(header, name) for name in ("samples", "sizes", "facts"))
     shapes = {name: tensors[f"{next(iter(samples))}/selected/{name}"].shape for name in sizes}

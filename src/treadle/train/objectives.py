@@ -54,6 +54,15 @@ def summed_loss(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, 
     )
 
 
+def mean_losses(model: PreTrainedModel, batch: Sequence[Pair]) -> Float[Tensor, " rows"]:
+    """The mean cross-entropy (nats) over each row's target tokens, so that rows count alike however long they are."""
+    logits, labels = _ANSWERS[kind_of(model)](model, batch)
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+    ).view_as(labels)
+    return each.sum(1) / (labels != _IGNORED).sum(1)
+
+
 def rightly_answered(model: PreTrainedModel, batch: Sequence[Pair]) -> list[bool]:
     """Of every row whether its class is the likeliest, or its target what greedy decoding would write.
 

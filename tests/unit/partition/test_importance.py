@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from treadle.errors import TreadleError
+from treadle.family.injection import linear_shapes, trainable_factors
 from treadle.partition.importance import importance, measure
+from treadle.train.objectives import mean_losses
 
 Nets = Callable[..., Any]
 
@@ -190,3 +192,23 @@ def test_a_loss_that_ignores_the_samples_has_no_importance(net_of: Nets) -> None
     found = measure(lambda numbers: 0.0 * net.loss(numbers), [[0, 1, 2]], lora_A=net.lora_A, lora_B=net.lora_B)
     with pytest.raises(TreadleError, match="every importance is 0 by the score 'printed'; warm the adapter up"):
         importance(found, "printed")
+
+
+@pytest.mark.parametrize("granularity", ["element", "rank"])
+def test_a_language_model_is_measured_as_its_samples_alone(tiny_llama: Any, granularity: Any) -> None:
+    """Padded batches, hooks and a tied head: the whole path that a run takes."""
+    shapes = linear_shapes(tiny_llama, ["q_proj", "down_proj"])
+    pairs = [((1, 5, 9), (7, 2)), ((1, 8, 4, 30, 31, 32), (9, 9, 40, 2)), ((1,), (2,)), ((1, 6), (3, 2))]
+    A = {name: torch.randn(2, shape.in_features) for name, shape in shapes.items()}
+    B = {name: 0.1 * torch.randn(shape.out_features, 2) for name, shape in shapes.items()}
+    with trainable_factors(tiny_llama, A, B, train_A=A, train_B=B) as (lora_A, lora_B):
+
+        def loss(numbers: Any) -> Tensor:
+            return mean_losses(tiny_llama, [pairs[i] for i in numbers]).sum()
+
+        factors = {"lora_A": lora_A, "lora_B": lora_B}
+        together = measure(loss, [[0, 1, 2, 3]], **factors, granularity=granularity)
+        alone = measure(loss, [[0], [1], [2], [3]], **factors, granularity=granularity)
+    for name, first in alone.first.items():  # a padded batch rounds float32 otherwise than a row alone
+        torch.testing.assert_close(together.first[name], first, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(together.second[name], alone.second[name], rtol=1e-3, atol=1e-6)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from treadle.errors import UnsupportedError
-from treadle.train.objectives import Kind, Pair, kind_of, padded, summed_loss, weight
+from treadle.train.objectives import Kind, Pair, kind_of, mean_losses, padded, summed_loss, weight
 
 BATCH: list[Pair] = [((1, 5, 9), (7, 2)), ((1, 8, 4, 30, 31, 32), (9, 9, 40, 2)), ((1,), (2,))]
 CLASSES: list[Pair] = [((1, 5, 9), (0,)), ((1, 8, 4, 30, 31, 32), (2,)), ((1,), (1,))]
@@ -39,8 +39,10 @@ def test_a_padded_batch_costs_what_its_rows_cost_alone(name: str, request: pytes
     model = request.getfixturevalue(name)
     batch = CLASSES if name == "tiny_bert" else BATCH
     with torch.no_grad():
-        expected = sum(alone(model, prompt, target) for prompt, target in batch)
-        assert float(summed_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
+        losses = [alone(model, prompt, target) for prompt, target in batch]
+        assert float(summed_loss(model, batch)) == pytest.approx(sum(losses), rel=1e-5)
+        means = [loss / len(target) for loss, (_, target) in zip(losses, batch, strict=True)]
+        assert mean_losses(model, batch).tolist() == pytest.approx(means, rel=1e-5)
 
 
 def test_a_model_that_cannot_limit_its_logits_gives_the_same(tiny_llama: LlamaForCausalLM) -> None:
