@@ -1,6 +1,8 @@
 """The TOML of `treadle classify`."""
 
 from collections import Counter
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,6 +78,9 @@ class ClassifyRun(RunConfig):
             checked_name(name, where="key 'voters'")
             if count > 1:
                 raise ValueError(f"two voters are called {name!r}")
+        for one, other in combinations(self.voters, 2):
+            if replace(one, name="") == replace(other, name=""):
+                raise ValueError(f"voters {one.name!r} and {other.name!r} are one voter, who would always agree")
         for text in (self.data.question, self.data.answer or ""):
             fields_of(text)
         if self.out.suffix != ".jsonl":
