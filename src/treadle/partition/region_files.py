@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treadle import files
 from treadle.errors import FormatError, InputError
-from treadle.partition.importance import SCORES, Importance, Score
+from treadle.partition.importance import SCORES, Importance
 from treadle.partition.regions import Facts, Regions
 from treadle.partition.units import Granularity, Mask
 
@@ -87,7 +87,7 @@ def _regions(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Reg
     importances = {
         system: Importance(
             cast("Granularity", granularity),
-            cast("Score", score),
+            score,
             cast("int", count),
             stored(system, "importance", torch.float64),
             cast("Mapping[str, int]", sizes),

@@ -25,6 +25,7 @@ from treadle.configs.bench import (
 )
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
+from treadle.configs.bench_partition import ParImportanceCostRun
 from treadle.configs.bench_ranks import RankProbeCostRun, RankWorthRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
@@ -35,6 +36,7 @@ from treadle.recipes.bench import (
     federated_bytes,
     federated_faults,
     federated_quality,
+    par_importance_cost,
     privacy_audit,
     rank_probe_cost,
     rank_worth,
@@ -126,6 +128,10 @@ def _dp_step_cost(config: DpStepCostRun, session: Session) -> BenchmarkResult:
     return dp_step_cost.dp_step_cost(config, work=session.work, quick=session.quick, progress=session.progress)
 
 
+def _par_importance_cost(config: ParImportanceCostRun, session: Session) -> BenchmarkResult:
+    return par_importance_cost.par_importance_cost(config, quick=session.quick, progress=session.progress)
+
+
 def _rank_probe_cost(config: RankProbeCostRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return rank_probe_cost.quick_rank_probe_cost(config, work=session.work, progress=session.progress)
@@ -210,6 +216,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
+    "par-importance-cost": Benchmark(ParImportanceCostRun, _par_importance_cost),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
     "rank-worth": Benchmark(RankWorthRun, _rank_worth, rank_worth.summary),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
