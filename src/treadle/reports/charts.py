@@ -69,6 +69,47 @@ def _cell(cell: Cell, x: float, y: float, width: float, top: float) -> Markup:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One cell of a map of bars: shares of a whole by name, together at most 1, and how they are explained."""
+
+    shares: Mapping[str, float]
+    tip: str
+
+
+def bar_map(bars: Mapping[tuple[str, str], Bar], tints: Mapping[str, str], *, title: str, row_head: str = "") -> Markup:
+    """A map of rows × columns, both in order of first appearance; in each cell its shares from left to right.
+
+    Args:
+        bars: (row, column) → bar.
+        tints: name of a share → its colour.
+        title: what a screen reader says.
+        row_head: what the rows are.
+    """
+    rows = list(dict.fromkeys(row for row, _ in bars))
+    columns = list(dict.fromkeys(column for _, column in bars))
+    left = 16 + 6.5 * max(map(len, [*rows, row_head]), default=1)
+    width = max(76.0, 14 + 6.5 * max(map(len, columns), default=1))
+    parts = [_text(left + (place + 0.5) * width, 14.0, column, "middle") for place, column in enumerate(columns)]
+    parts.append(_text(left - 8, 14.0, row_head, "end", "muted"))
+    for down, row in enumerate(rows):
+        y = 22.0 + 16 * down
+        parts.append(_text(left - 8, y + 11, row, "end"))
+        for across, column in enumerate(columns):
+            if (row, column) in bars:
+                parts.append(_bar(bars[row, column], tints, left + across * width, y, width - 8))
+    return _svg(parts, left + len(columns) * width + 4, 26.0 + 16 * len(rows), title)
+
+
+def _bar(bar: Bar, tints: Mapping[str, str], x: float, y: float, width: float) -> Markup:
+    mark = Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="13" fill="{}" fill-opacity="{}"/>')
+    parts = [mark.format(x, y, width, NEUTRAL, 0.15)]
+    for name, share in bar.shares.items():
+        parts.append(mark.format(x, y, width * share, tints[name], 1))
+        x += width * share
+    return Markup("<g><title>{}</title>{}</g>").format(bar.tip, Markup("").join(parts))
+
+
+@dataclass(frozen=True)
 class Dot:
     """An estimate with its interval, drawn on the line of its label.
 
