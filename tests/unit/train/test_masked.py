@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from treadle.errors import ConfigError, InputError, MismatchError
 from treadle.partition.units import Mask
@@ -256,3 +258,37 @@ def ones() -> dict[str, Any]:
 def test_what_does_not_fit_is_refused(make: Any, kind: Any, words: str) -> None:
     with pytest.raises(kind, match=words):
         make()
+
+
+def test_the_trainer_of_transformers_checkpoints_and_resumes_it(tmp_path: Path) -> None:
+    """What stages run on: accelerate's wrapper, a schedule, and a state that passes through its files."""
+    rows = [{"input_ids": torch.randint(0, 128, (6,)), "labels": torch.randint(0, 128, (6,))} for _ in range(8)]
+
+    def trained(folder: Path, resume: Path | None = None) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=2, **sizes))
+        params = list(model.parameters())
+        start, masks = [p.detach().clone() for p in params], masks_of(params, 1)
+        options = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            lr_scheduler_type="cosine",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        optimizer = MaskedAdamW(params, masks, lr=1e-2, weight_decay=0.1)
+        trainer = Trainer(model, options, train_dataset=rows, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        for p, before in zip(params, start, strict=True):
+            assert torch.equal(p.detach()[~masks[p]], before[~masks[p]])
+            assert not torch.equal(p.detach(), before)
+        return params
+
+    unbroken = trained(tmp_path / "a")
+    resumed = trained(tmp_path / "b", tmp_path / "a" / "checkpoint-2")
+    assert all(torch.equal(p, q) for p, q in zip(unbroken, resumed, strict=True))
