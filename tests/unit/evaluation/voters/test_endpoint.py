@@ -19,13 +19,13 @@ KEY = "sk-very-secret-4711"
 Polls = Callable[[int], Poll]
 
 
-def voter(server: SimpleNamespace, **changes: object) -> EndpointVoter:
-    settings = {"url": server.url, "model": "teacher", "backoff": 0.001, "parallel": 1, "timeout": 5.0} | changes
+def voter(chat_server: SimpleNamespace, **changes: object) -> EndpointVoter:
+    settings = {"url": chat_server.url, "model": "teacher", "backoff": 0.001, "parallel": 1, "timeout": 5.0} | changes
     return EndpointVoter("endpoint", "teacher", **settings)
 
 
-def cast(server: SimpleNamespace, poll: Poll, **changes: object) -> Ballots:
-    return prepared(voter(server, **changes), poll)(silent)
+def cast(chat_server: SimpleNamespace, poll: Poll, **changes: object) -> Ballots:
+    return prepared(voter(chat_server, **changes), poll)(silent)
 
 
 def systems(ballots: Ballots) -> list[str | None]:
@@ -44,15 +44,15 @@ def files_under(folder: Path) -> bytes:
 
 class TestAServerThatBehaves:
     def test_each_row_is_asked_once_and_the_request_is_what_the_protocol_says(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
-        server.answer = lambda number, body: reply.voting(f"system{1 + asked_about(body) % 2}")
-        found = cast(server, poll(5), parameters={"temperature": 0.5, "seed": 3})
+        chat_server.answer = lambda number, body: reply.voting(f"system{1 + asked_about(body) % 2}")
+        found = cast(chat_server, poll(5), parameters={"temperature": 0.5, "seed": 3})
         assert systems(found) == ["system1", "system2", "system1", "system2", "system1"]
         assert (found.cost.requests, found.cost.prompt_tokens, found.cost.completion_tokens) == (5, 100, 25)
-        assert set(server.paths) == {"/v1/chat/completions"}
-        assert set(server.keys) == {None}
-        body = server.bodies[0]
+        assert set(chat_server.paths) == {"/v1/chat/completions"}
+        assert set(chat_server.keys) == {None}
+        body = chat_server.bodies[0]
         assert (body["model"], body["temperature"], body["seed"]) == ("teacher", 0.5, 3)
         assert [message["role"] for message in body["messages"]] == ["system", "user"]
         assert "You are SmolLM2" in body["messages"][0]["content"]
@@ -62,50 +62,50 @@ class TestAServerThatBehaves:
         assert set(body) == {"model", "messages", "temperature", "seed", "response_format"}
 
     def test_several_at_a_time_give_the_same_votes(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
         def answer(number: int, body: dict) -> object:
             row = asked_about(body)
             return reply.raw(reply.voting(f"system{1 + row % 2}").content, seconds=0.02 * (row % 3))
 
-        server.answer = answer
-        found = cast(server, poll(12), parallel=4)
+        chat_server.answer = answer
+        found = cast(chat_server, poll(12), parallel=4)
         assert systems(found) == [f"system{1 + row % 2}" for row in range(12)]
-        assert 2 <= server.most <= 4
+        assert 2 <= chat_server.most <= 4
 
-    def test_equal_questions_are_asked_once(self, server: SimpleNamespace, poll: Polls) -> None:
+    def test_equal_questions_are_asked_once(self, chat_server: SimpleNamespace, poll: Polls) -> None:
         two = poll(2)
         doubled = Poll(two.rows * 2, [*two.questions, *two.questions], two.systems, "x", two.cache, "rows")
-        assert systems(cast(server, doubled)) == ["system1"] * 4
-        assert len(server.bodies) == 2
+        assert systems(cast(chat_server, doubled)) == ["system1"] * 4
+        assert len(chat_server.bodies) == 2
 
     def test_a_second_run_asks_nothing_and_one_with_more_rows_only_these(
-        self, server: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, poll: Polls
     ) -> None:
-        first = cast(server, poll(3))
-        assert (len(server.bodies), first.cost.kept) == (3, 0)
-        again = cast(server, poll(3))
-        assert (again.votes, again.cost.kept, len(server.bodies)) == (first.votes, 3, 3)
-        assert cast(server, poll(5)).cost.requests == len(server.bodies) == 5
+        first = cast(chat_server, poll(3))
+        assert (len(chat_server.bodies), first.cost.kept) == (3, 0)
+        again = cast(chat_server, poll(3))
+        assert (again.votes, again.cost.kept, len(chat_server.bodies)) == (first.votes, 3, 3)
+        assert cast(chat_server, poll(5)).cost.requests == len(chat_server.bodies) == 5
 
     @pytest.mark.parametrize(
         "change",
         [{"model": "other"}, {"template": "plain"}, {"parameters": {"temperature": 1.0}}, {"structured": False}],
     )
     def test_other_settings_ask_again_but_pace_and_patience_do_not(
-        self, server: SimpleNamespace, poll: Polls, change: dict[str, object]
+        self, chat_server: SimpleNamespace, poll: Polls, change: dict[str, object]
     ) -> None:
-        cast(server, poll(2))
-        cast(server, poll(2), timeout=9.0, attempts=2, parallel=2, request_limit=50)
-        assert len(server.bodies) == 2
-        cast(server, poll(2), **change)
-        assert len(server.bodies) == 4
+        cast(chat_server, poll(2))
+        cast(chat_server, poll(2), timeout=9.0, attempts=2, parallel=2, request_limit=50)
+        assert len(chat_server.bodies) == 2
+        cast(chat_server, poll(2), **change)
+        assert len(chat_server.bodies) == 4
 
-    def test_the_pace_is_kept(self, server: SimpleNamespace, poll: Polls) -> None:
+    def test_the_pace_is_kept(self, chat_server: SimpleNamespace, poll: Polls) -> None:
         import time
 
         begin = time.monotonic()
-        cast(server, poll(4), requests_per_minute=1200.0, parallel=4)
+        cast(chat_server, poll(4), requests_per_minute=1200.0, parallel=4)
         assert time.monotonic() - begin >= 3 * 60 / 1200
 
 
@@ -130,50 +130,50 @@ class TestTrouble:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_what_passes_is_tried_again(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls, first: dict, said: str
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls, first: dict, said: str
     ) -> None:
-        server.answer = lambda number, body: reply.raw(**first) if number == 0 else reply.voting("system2")
-        found = cast(server, poll(2), timeout=0.1 if "0.1 s" in said else 5.0)
+        chat_server.answer = lambda number, body: reply.raw(**first) if number == 0 else reply.voting("system2")
+        found = cast(chat_server, poll(2), timeout=0.1 if "0.1 s" in said else 5.0)
         assert systems(found) == ["system2", "system2"]
-        assert found.cost.requests == len(server.bodies) == 3
+        assert found.cost.requests == len(chat_server.bodies) == 3
         assert any(said in remark for remark in found.remarks)
 
-    def test_a_server_that_is_not_there_is_one_error(self, server: SimpleNamespace, poll: Polls) -> None:
+    def test_a_server_that_is_not_there_is_one_error(self, chat_server: SimpleNamespace, poll: Polls) -> None:
         with pytest.raises(UnavailableError, match=r"voter 'teacher': the endpoint does not answer \(no connection"):
-            cast(server, poll(4), url="http://127.0.0.1:9/v1", attempts=2)
+            cast(chat_server, poll(4), url="http://127.0.0.1:9/v1", attempts=2)
 
     def test_three_rows_in_a_row_end_the_run_and_the_next_run_goes_on(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
-        server.answer = lambda number, body: reply.voting("system1") if number < 2 else reply.raw(b"", status=500)
+        chat_server.answer = lambda number, body: reply.voting("system1") if number < 2 else reply.raw(b"", status=500)
         with pytest.raises(UnavailableError) as stopped:
-            cast(server, poll(9), attempts=2)
+            cast(chat_server, poll(9), attempts=2)
         assert "(HTTP 500, 2 times); 2 of the 9 answers that it lacked came and are kept; run again" in str(
             stopped.value
         )
-        assert len(server.bodies) == 2 + 3 * 2
-        server.answer = lambda number, body: reply.voting("system2")
-        found = cast(server, poll(9))
+        assert len(chat_server.bodies) == 2 + 3 * 2
+        chat_server.answer = lambda number, body: reply.voting("system2")
+        found = cast(chat_server, poll(9))
         assert systems(found) == ["system1"] * 2 + ["system2"] * 7
-        assert (len(server.bodies), found.cost.requests, found.cost.kept) == (8 + 7, 15, 2)
+        assert (len(chat_server.bodies), found.cost.requests, found.cost.kept) == (8 + 7, 15, 2)
 
     def test_a_row_that_always_fails_has_no_vote_and_a_reason(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
-        server.answer = lambda number, body: (
+        chat_server.answer = lambda number, body: (
             reply.raw(b"", status=500) if asked_about(body) == 1 else reply.voting("system1")
         )
-        found = cast(server, poll(3), attempts=3)
+        found = cast(chat_server, poll(3), attempts=3)
         assert systems(found) == ["system1", None, "system1"]
         assert found.votes[1].reason == "HTTP 500, 3 times"
 
     def test_a_prompt_that_is_refused_costs_its_row_the_vote(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
-        server.answer = lambda number, body: (
+        chat_server.answer = lambda number, body: (
             reply.raw(b"content filter", status=400) if asked_about(body) else reply.voting("system1")
         )
-        found = cast(server, poll(5))
+        found = cast(chat_server, poll(5))
         assert systems(found) == ["system1", None, None, None, None]
         assert found.votes[4].reason == "HTTP 400"
         assert found.remarks == ()
@@ -190,7 +190,7 @@ class TestTrouble:
     )
     def test_an_endpoint_that_refuses_is_asked_once(
         self,
-        server: SimpleNamespace,
+        chat_server: SimpleNamespace,
         reply: SimpleNamespace,
         poll: Polls,
         monkeypatch: pytest.MonkeyPatch,
@@ -199,82 +199,84 @@ class TestTrouble:
         remedy: str,
     ) -> None:
         monkeypatch.setenv("TEACHER_KEY", key or "")
-        server.answer = lambda number, body: reply.raw(b"no", status=status, headers={"Location": f"{server.url}/else"})
+        chat_server.answer = lambda number, body: reply.raw(
+            b"no", status=status, headers={"Location": f"{chat_server.url}/else"}
+        )
         with pytest.raises(UnavailableError, match=rf"refuses \(HTTP {status}\).*; {remedy}"):
-            cast(server, poll(5), api_key_env="TEACHER_KEY" if key else None)
-        assert len(server.bodies) == 1
+            cast(chat_server, poll(5), api_key_env="TEACHER_KEY" if key else None)
+        assert len(chat_server.bodies) == 1
 
     def test_an_endpoint_that_asks_for_an_hour_ends_the_run(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
         later = email.utils.format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
-        server.answer = lambda number, body: reply.raw(b"", status=429, headers={"Retry-After": later})
+        chat_server.answer = lambda number, body: reply.raw(b"", status=429, headers={"Retry-After": later})
         with pytest.raises(UnavailableError, match=r"asks to wait 3[56]\d\d s \(HTTP 429\)"):
-            cast(server, poll(2))
+            cast(chat_server, poll(2))
 
 
 class TestReplies:
     def test_a_vote_that_cannot_be_read_is_none_and_is_not_asked_again(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
         texts = ["maybe both", None, '{"system": "system9"}', "system 2"]
-        server.answer = lambda number, body: reply.said(texts[asked_about(body)])
+        chat_server.answer = lambda number, body: reply.said(texts[asked_about(body)])
         for _ in range(2):
-            found = cast(server, poll(4))
+            found = cast(chat_server, poll(4))
             assert systems(found) == [None, None, None, "system2"]
             assert [vote.reason for vote in found.votes[:2]] == [
                 "its reply names no system: 'maybe both'",
                 "its reply is empty",
             ]
-        assert len(server.bodies) == 4
+        assert len(chat_server.bodies) == 4
 
     def test_an_endpoint_without_response_format_is_asked_in_text(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
-        server.answer = lambda number, body: (
+        chat_server.answer = lambda number, body: (
             reply.raw(b"unknown field", status=400) if "response_format" in body else reply.said("I say System-2.")
         )
-        found = cast(server, poll(4))
+        found = cast(chat_server, poll(4))
         assert systems(found) == ["system2"] * 4
-        assert ["response_format" in body for body in server.bodies] == [True, False, False, False, False]
+        assert ["response_format" in body for body in chat_server.bodies] == [True, False, False, False, False]
         assert found.remarks == ("the endpoint takes no response_format; replies were read as text",)
 
 
 class TestLimits:
-    def test_requests(self, server: SimpleNamespace, poll: Polls) -> None:
+    def test_requests(self, chat_server: SimpleNamespace, poll: Polls) -> None:
         for parallel in (4, 1):  # the second run has spent what it may before it begins
             with pytest.raises(UnavailableError) as stopped:
-                cast(server, poll(9), request_limit=4, parallel=parallel)
+                cast(chat_server, poll(9), request_limit=4, parallel=parallel)
             assert "voter 'teacher': request_limit = 4 is reached; " in str(stopped.value)
-            assert len(server.bodies) == 4
-        assert systems(cast(server, poll(9), request_limit=9, parallel=4)) == ["system1"] * 9
-        assert len(server.bodies) == 9
+            assert len(chat_server.bodies) == 4
+        assert systems(cast(chat_server, poll(9), request_limit=9, parallel=4)) == ["system1"] * 9
+        assert len(chat_server.bodies) == 9
 
-    def test_failed_requests_count(self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls) -> None:
-        server.answer = lambda number, body: reply.raw(b"", status=500)
+    def test_failed_requests_count(self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls) -> None:
+        chat_server.answer = lambda number, body: reply.raw(b"", status=500)
         with pytest.raises(UnavailableError, match=r"request_limit = 3 is reached; 0 of the 5 answers"):
-            cast(server, poll(5), request_limit=3)
-        assert len(server.bodies) == 3
+            cast(chat_server, poll(5), request_limit=3)
+        assert len(chat_server.bodies) == 3
 
-    def test_tokens(self, server: SimpleNamespace, poll: Polls) -> None:
+    def test_tokens(self, chat_server: SimpleNamespace, poll: Polls) -> None:
         with pytest.raises(UnavailableError, match=r"token_limit = 60 is reached, 75 are spent; 3 of the 9 answers"):
-            cast(server, poll(9), token_limit=60)  # a reply costs 25
-        assert len(server.bodies) == 3
+            cast(chat_server, poll(9), token_limit=60)  # a reply costs 25
+        assert len(chat_server.bodies) == 3
 
     def test_tokens_that_nobody_counts_are_no_limit(
-        self, server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
     ) -> None:
-        server.answer = lambda number, body: reply.said('{"system": "system1"}', tokens=None)
+        chat_server.answer = lambda number, body: reply.said('{"system": "system1"}', tokens=None)
         with pytest.raises(UnavailableError, match="does not count tokens, so token_limit cannot be kept"):
-            cast(server, poll(9), token_limit=60)
-        assert len(server.bodies) == 1
-        assert systems(cast(server, poll(2))) == ["system1"] * 2
+            cast(chat_server, poll(9), token_limit=60)
+        assert len(chat_server.bodies) == 1
+        assert systems(cast(chat_server, poll(2))) == ["system1"] * 2
 
 
 class TestKeys:
     def test_a_key_is_sent_and_is_nowhere_else(
         self,
-        server: SimpleNamespace,
+        chat_server: SimpleNamespace,
         reply: SimpleNamespace,
         poll: Polls,
         monkeypatch: pytest.MonkeyPatch,
@@ -284,15 +286,15 @@ class TestKeys:
         caplog.set_level(logging.DEBUG)
         monkeypatch.setenv("TEACHER_KEY", f" {KEY}\n")
         blabbing = [f"your key {KEY} is good", json.dumps({"system": "system1", "key": KEY})]
-        server.answer = lambda number, body: reply.said(blabbing[number])
-        found = cast(server, poll(2), api_key_env="TEACHER_KEY")
-        assert server.keys == [f"Bearer {KEY}"] * 2
-        server.answer = lambda number, body: reply.raw(KEY.encode(), status=401, headers={"WWW-Authenticate": KEY})
+        chat_server.answer = lambda number, body: reply.said(blabbing[number])
+        found = cast(chat_server, poll(2), api_key_env="TEACHER_KEY")
+        assert chat_server.keys == [f"Bearer {KEY}"] * 2
+        chat_server.answer = lambda number, body: reply.raw(KEY.encode(), status=401, headers={"WWW-Authenticate": KEY})
         with pytest.raises(TreadleError) as refused:
-            cast(server, poll(3), api_key_env="TEACHER_KEY")
+            cast(chat_server, poll(3), api_key_env="TEACHER_KEY")
         assert "[key]" in str(found.votes[0].reason)
         assert found.votes[1].system == "system1"
-        told = f"{caplog.text} {found} {refused.getrepr()} {voter(server)}".encode()
+        told = f"{caplog.text} {found} {refused.getrepr()} {voter(chat_server)}".encode()
         assert KEY.encode() not in told + files_under(tmp_path)
         assert files_under(tmp_path).count(b'"answer"') == 3  # the grep above had something to read
 
@@ -300,23 +302,23 @@ class TestKeys:
         ("value", "said"), [("", "the environment has no TEACHER_KEY"), ("käse", "what TEACHER_KEY holds is no key")]
     )
     def test_a_missing_key_is_said_before_anything_is_sent(
-        self, server: SimpleNamespace, poll: Polls, monkeypatch: pytest.MonkeyPatch, value: str, said: str
+        self, chat_server: SimpleNamespace, poll: Polls, monkeypatch: pytest.MonkeyPatch, value: str, said: str
     ) -> None:
         monkeypatch.setenv("TEACHER_KEY", value)
         with pytest.raises(ConfigError, match=said) as refused:
-            prepared(voter(server, api_key_env="TEACHER_KEY"), poll(2))
+            prepared(voter(chat_server, api_key_env="TEACHER_KEY"), poll(2))
         assert "käse" not in str(refused.value)
-        assert server.bodies == []
+        assert chat_server.bodies == []
 
     def test_proxies_and_credentials_of_the_environment_are_left_alone(
-        self, server: SimpleNamespace, poll: Polls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, chat_server: SimpleNamespace, poll: Polls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, "http://127.0.0.1:9")
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        assert systems(cast(server, poll(1))) == ["system1"]
-        assert server.keys == [None]
+        assert systems(cast(chat_server, poll(1))) == ["system1"]
+        assert chat_server.keys == [None]
 
 
 @pytest.mark.parametrize(
@@ -342,16 +344,16 @@ def test_settings_that_cannot_be_are_refused_without_repeating_secrets(changes: 
 
 
 def test_two_runs_do_not_ask_one_voter_at_the_same_time(
-    server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+    chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
 ) -> None:
     refused: list[str] = []
 
     def answer(number: int, body: dict) -> object:
         with pytest.raises(InputError) as error:
-            cast(server, poll(1))
+            cast(chat_server, poll(1))
         refused.append(str(error.value))
         return reply.voting("system1")
 
-    server.answer = answer
-    cast(server, poll(1))
+    chat_server.answer = answer
+    cast(chat_server, poll(1))
     assert refused == ["voter 'teacher': another process asks this voter; wait for it"]
