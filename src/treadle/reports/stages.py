@@ -1,0 +1,76 @@
+"""The page of an adapter that was trained in stages: regions, curves, accuracy, answers before and after."""
+
+from collections.abc import Mapping
+
+from markupsafe import Markup
+
+from treadle.recipes.stages import StagedAdapter
+from treadle.reports.charts import colours, legend, line_chart
+from treadle.reports.pages import rendered
+from treadle.train.stages.training import Passed
+
+_CURVES: Mapping[str, str] = {
+    "loss": "cross-entropy, nats a target token",
+    "reward": "reward, mean over completions",
+    "frac_reward_zero_std": "share of groups whose rewards are all equal",
+}
+
+
+def stages_page(trained: StagedAdapter) -> str:
+    """The page of the run."""
+    result, regions = trained.result, trained.result.regions
+    moments = list(result.accuracy)
+    systems = list(result.accuracy[moments[0]]) if moments else []
+    figures = {"stages": len(result.passed), "parameters": f"{_whole(trained):,}"}
+    if regions is not None:
+        figures |= {f"selected by {name}": f"{regions.selected[name].share:.0%}" for name in regions.systems}
+        figures["shared"] = f"{regions.shared.share:.0%}"
+    return rendered(
+        "stages.html.jinja",
+        {
+            "name": trained.adapter.name,
+            "in_family": trained.adapter.family is not None,
+            "figures": figures,
+            "overlaps": _overlaps(trained),
+            "parts": [
+                {"name": part.name, "parameters": f"{part.parameters:,}", "charts": _charts(part)}
+                for part in result.passed
+            ],
+            "systems": systems,
+            "accuracy": [(name, [f"{result.accuracy[name][s]:.3f}" for s in systems]) for name in moments],
+            "answers": trained.answers,
+            "facts": dict(trained.adapter.provenance.settings),
+        },
+    )
+
+
+def _whole(trained: StagedAdapter) -> int:
+    count = trained.result.factors.plan.count()
+    return count.total if trained.result.factors.moves_A else count.lora_B
+
+
+def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str]]:
+    regions = trained.result.regions
+    if regions is None:
+        return []
+    names = regions.systems
+    pairs = [(one, other) for place, one in enumerate(names) for other in names[place + 1 :]]
+    return [(one, other, f"{regions.overlap(one, other):.2f}") for one, other in pairs]
+
+
+def _charts(part: Passed) -> list[tuple[str, Markup, Markup]]:
+    """A chart a metric that the part has, and one of accuracy where it was measured on the way."""
+    found: list[tuple[str, Markup, Markup]] = []
+    for name, label in _CURVES.items():
+        values = [record.values[name] for record in part.records if name in record.values]
+        if values and not (name == "loss" and any("reward" in record.values for record in part.records)):
+            found.append((label, _chart({name: values}, label), Markup("")))
+    looks = [record.values for record in part.records if any(key.startswith("accuracy/") for key in record.values)]
+    if len(looks) > 1:
+        lines = {key.removeprefix("accuracy/"): [look[key] for look in looks] for key in looks[0]}
+        found.append(("accuracy on held-out examples", _chart(lines, "accuracy"), legend(colours(list(lines)))))
+    return found
+
+
+def _chart(lines: Mapping[str, list[float]], label: str) -> Markup:
+    return line_chart(lines, colours(list(lines)), title=label, x_label="step", y_label=label)

@@ -1,0 +1,204 @@
+"""What both kinds of stage ask of the trainers that host them: arguments, records, checkpoints.
+
+TRL's trainers are transformers' Trainer. They run as they are: nothing of them is patched or subclassed, and where a
+stage trains every rank their trajectory is TRL's own, number by number.
+
+Checkpoints within a stage are the Trainer's own and live in the run's folder until the stage is over. Their generator
+states and moments are torch files, which the Trainer opens as weights only.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from treadle.errors import TreadleError
+from treadle.progress import Progress, silent
+from treadle.train.stages.acting import Acting
+from treadle.train.stages.settings import Stage
+
+_SUMMARY = "train_runtime"  # only the last record of a run has it, which speaks of seconds
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a trainer tells after a step: the step, counted from 1, and TRL's metrics by their own names."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+Look = Callable[[int], Mapping[str, float]]
+"""Told the step, counted from 1; measures the model and returns metrics by name."""
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """How a stage is run, none of which changes what it makes.
+
+    Attributes:
+        folder: where its checkpoints are, and whence it continues.
+        save_steps: steps between checkpoints; 0 keeps none.
+        look: called every `look_steps` steps, and after the last.
+        look_steps: 0 never calls it.
+        progress: called after every step.
+    """
+
+    folder: Path
+    save_steps: int = 0
+    look: Look | None = None
+    look_steps: int = 0
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a stage has told so far, in order; a continued one begins where it had stopped."""
+
+    records: list[Record] = field(default_factory=list[Record])
+
+
+class _Following(TrainerCallback):
+    """Writes the records down, and shows progress."""
+
+    def __init__(self, hosting: Hosting, told: Told) -> None:
+        self._hosting, self._told = hosting, told
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: Any,  # noqa: ANN401  # what the trainer passes to every callback
+    ) -> None:
+        """Keep what is a number."""
+        if logs is None or _SUMMARY in logs:
+            return
+        values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        self._told.records.append(Record(state.global_step, values))
+        self._hosting.progress(_line(values), state.global_step, state.max_steps)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,  # noqa: ANN401  # as above
+    ) -> None:
+        """Let whoever looks look."""
+        look, every = self._hosting.look, self._hosting.look_steps
+        if look is None or every == 0:
+            return
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self._told.records.append(Record(state.global_step, dict(look(state.global_step))))
+
+
+def _line(values: Mapping[str, float]) -> str:
+    shown = [f"{name} {values[name]:.3f}" for name in ("loss", "reward", "frac_reward_zero_std") if name in values]
+    return ", ".join(shown) or "training"
+
+
+def common_arguments(acting: Acting, stage: Stage, hosting: Hosting) -> dict[str, Any]:
+    """The arguments that SFTConfig and GRPOConfig share."""
+    device = next(acting.model.parameters()).device
+    return {
+        "output_dir": str(hosting.folder),
+        "max_steps": stage.steps,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": stage.schedule,
+        "warmup_steps": round(stage.warmup * stage.steps),
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "seed": stage.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps" if hosting.save_steps else "no",
+        "save_steps": hosting.save_steps or 1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": device.type == "cpu",
+        "bf16": device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
+def adamw(acting: Acting, stage: Stage) -> torch.optim.Optimizer:
+    """The optimiser that the Trainer would make of the stage's parameters.
+
+    It is made here, because the Trainer makes its own after it has read a checkpoint, and reading one lets TRL's
+    reference adapter ask for gradients: the moments would then fit no parameters.
+    """
+    parameters = [parameter for parameter in acting.model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True)
+
+
+def following(hosting: Hosting, told: Told) -> Sequence[TrainerCallback]:
+    """The callbacks of a stage."""
+    return [_Following(hosting, told)]
+
+
+def run_to_the_end(trainer: Trainer, hosting: Hosting, told: Told) -> None:
+    """Train, from the last whole checkpoint in the folder if there is one.
+
+    Raises:
+        TreadleError: the loss is not finite.
+    """
+    trainer.remove_callback(PrinterCallback)
+    found = last_checkpoint(hosting.folder)
+    if found is not None:
+        state = TrainerState.load_from_json(str(found / "trainer_state.json"))
+        told.records[:] = [
+            Record(int(entry["step"]), {name: float(value) for name, value in entry.items() if name != "step"})
+            for entry in state.log_history
+        ]
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    for record in told.records:
+        loss = record.values.get("loss", 0.0)
+        if not -float("inf") < loss < float("inf"):
+            raise TreadleError(f"the loss is {loss} at step {record.step}", remedy="lower learning_rate")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the Trainer's state is its last file."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def discard(folder: Path) -> None:
+    """Remove a stage's checkpoints."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
+    """A block in which the tokenizer pads, with its end of sequence if it has no token for it; then it is as before.
+
+    Raises:
+        TreadleError: it has neither.
+    """
+    before = tokenizer.pad_token
+    if before is None and tokenizer.eos_token is None:
+        raise TreadleError(
+            "the tokenizer has neither a token for padding nor one for the end", remedy="give it an eos_token"
+        )
+    try:
+        if before is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        yield tokenizer
+    finally:
+        tokenizer.pad_token = before

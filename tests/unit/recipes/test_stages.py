@@ -1,0 +1,214 @@
+"""`treadle train` in stages: one TOML in; an adapter, minds, regions, a page out, or one line that says why not."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from treadle.cli.app import main
+from treadle.configs.stages import StagesRun, run_kind
+from treadle.configs.train import TrainRun
+from treadle.family.adapter import Adapter
+from treadle.family.family import AdapterFamily
+from treadle.family.injection import linear_shapes
+from treadle.family.plan import RankPlan
+from treadle.partition.region_files import load_regions
+from treadle.recipes.bank import AdapterPath, PublicSource, build_bank
+
+TOML = """
+base = "{root}/base"
+family = "{root}/family"
+name = "two"
+out = "{root}/two"
+minds = true
+look_steps = 2
+
+[systems.fast]
+source = "{root}/rows.jsonl"
+where = {{ system = "fast" }}
+prompt = "film {{text}} is"
+completion = " {{label}}"
+held_out = 4
+metric = {{ kind = "exact-match", max_new_tokens = 2, field = "label" }}
+
+[systems.slow]
+source = "{root}/rows.jsonl"
+where = {{ system = "slow" }}
+prompt = "question {{text}} {{text}} is"
+completion = " {{label}}"
+held_out = 4
+metric = {{ kind = "exact-match", max_new_tokens = 2, field = "label" }}
+
+[regions]
+theta = 0.8
+samples = 12
+
+[regions.warm_up]
+learning_rate = 0.05
+steps = 3
+
+[[stages]]
+system = "fast"
+[stages.sft]
+learning_rate = 0.05
+steps = 4
+
+[[stages]]
+system = "slow"
+share = 0.5
+[stages.grpo]
+rewards = {{ exact = 2.0, length = 0.5 }}
+learning_rate = 0.05
+steps = 3
+group = 4
+max_completion_length = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """As in the tests of the stages themselves."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        for module in ("transformers", "trl", "peft", "accelerate", "torch"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+        yield
+
+
+def code(arguments: list[str]) -> int:
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_base: Path, tiny_llama: LlamaForCausalLM) -> Path:
+    """A folder with a base, a family, forty labelled rows and a run."""
+    plan = RankPlan.uniform(linear_shapes(tiny_llama, ["v_proj", "up_proj"]), rank=4, scaling=2.0)
+    AdapterFamily.create(base=str(tiny_base), plan=plan, seed=4).save(tmp_path / "family")
+    rows = [
+        {"text": f"w{40 + i}", "label": "good" if i % 3 else "bad", "system": "slow" if i % 2 else "fast"}
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.toml").write_text(TOML.format(root=tmp_path))
+    return tmp_path
+
+
+def test_a_run_makes_an_adapter_its_minds_its_regions_and_its_page(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code(["train", str(root / "run.toml"), "--html", str(root / "two.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    family = AdapterFamily.load(root / "family")
+    made = Adapter.load(root / "two")
+    assert made.family == family.fingerprint == told["family"]
+    assert made.provenance.method == "lora-par"
+    assert made.provenance.settings["stage-2.rewards.exact"] == 2.0
+    assert made.provenance.data_sha256 is None
+    assert [part["name"] for part in told["stages"]] == ["warm-up", "stage-1", "stage-2"]
+    assert [record["reward"] for record in told["stages"][2]["records"] if "reward" in record]
+    assert set(told["accuracy"]["stage-2"]) == {"fast", "slow"}
+
+    regions = load_regions(root / "two.regions.safetensors")
+    for system in ("fast", "slow"):
+        mind, chosen = Adapter.load(root / f"two-{system}"), regions.selected[system].ranks
+        for name, B in made.lora_B.items():
+            assert torch.equal(mind.lora_B[name], B * chosen[name])
+    page = (root / "two.html").read_text()
+    assert "question w" in page
+    assert "Jaccard" in page
+    assert len(re.findall("<svg", page)) >= 4
+    assert "://" not in re.sub(r'xmlns="[^"]*"', "", page)
+    assert not list(root.glob(".two.*stages"))
+
+    (root / "public.txt").write_text("the film is good\n\nwho is not bad ?\n\nwhy is the answer a number ?")
+    paths = [AdapterPath(root / f"two-{system}") for system in ("fast", "slow")]
+    build_bank(
+        root / "bank",
+        root / "family",
+        paths,
+        base=str(root / "base"),
+        source=PublicSource(str(root / "public.txt"), limit=3, words=4),
+    )
+    assert code(["route", str(root / "bank"), "question w41 is", "--base", str(root / "base"), "--json"]) == 0
+
+
+def test_what_is_made_says_nothing_of_the_rows(root: Path) -> None:
+    assert code(["train", str(root / "run.toml")]) == 0
+    for folder in ("two", "two-fast", "two-slow"):
+        assert (
+            {path.name for path in (root / folder).iterdir()}
+            == {path.name for path in (root / "two").iterdir()}
+            <= {"adapter_config.json", "adapter_model.safetensors", "treadle.json", "README.md"}
+        )
+        assert "w41" not in (root / folder / "treadle.json").read_text()
+
+
+def test_a_toml_with_stages_is_a_run_in_stages(root: Path) -> None:
+    assert run_kind(root / "run.toml") is StagesRun
+    (root / "plain.toml").write_text('family = "f"\n')
+    assert run_kind(root / "plain.toml") is TrainRun
+
+
+MISTAKES = {
+    "no row of a system": (
+        'where = {{ system = "slow" }}',
+        'where = {{ system = "dream" }}',
+        "system slow: no row has",
+    ),
+    "rows without labels": ('where = {{ system = "slow" }}', 'where = {{ mind = "slow" }}', "no field 'mind'"),
+    "a stage of no system": ('system = "slow"\nshare', 'system = "dream"\nshare', "the systems are fast, slow"),
+    "a stage that is both": (
+        "[stages.sft]",
+        "[stages.grpo]\nrewards = {{ exact = 1.0 }}\n[stages.sft]",
+        "either sft or",
+    ),
+    "theta above 1": ("theta = 0.8", "theta = 1.2", "key 'regions.theta'"),
+    "theta of 0": ("theta = 0.8", "theta = 0", "key 'regions.theta'"),
+    "a share above 1": ("share = 0.5", "share = 1.5", "key 'stages.1.share'"),
+    "a group of one": ("group = 4", "group = 1", "group is 1"),
+    "a pass that does not divide": ("group = 4", "group = 4\nmicro_batch = 3", "micro_batch is 3"),
+    "an unknown reward": ("exact = 2.0", "luck = 2.0", "no reward is called 'luck'"),
+    "no reward": ("{{ exact = 2.0, length = 0.5 }}", "{{}}", "rewards is empty"),
+    "a reward that runs code": ("exact = 2.0", "code = 2.0", "reward 'code' needs a metric"),
+    "no warm-up": ("[regions.warm_up]\nlearning_rate = 0.05\nsteps = 3", "", "has B = 0"),
+    "an unknown start": ("theta = 0.8", 'start = "eva"', "key 'regions.start'"),
+    "a start outside the family": ("theta = 0.8", 'start = "olora"', "makes an A of its own"),
+    "minds of single elements": ("theta = 0.8", 'granularity = "element"', "minds are adapters of the family"),
+    "all rows held out": ("held_out = 4", "held_out = 40", "rows are all held out"),
+    "one system": ("[regions]\ntheta", "[regions]\nsample = 4\ntheta", "key 'regions.sample'"),
+    "no prompt short enough": ("group = 4", "group = 4\nmax_prompt_length = 1", "no example to roll out"),
+    "a metric that is none": ('field = "label" }}\n\n[regions]', 'field = "label", fold = 1 }}\n\n[regions]', "metric"),
+    "a prompt without its field": ('"film {{text}} is"', '"film {{words}} is"', "no field 'words'"),
+    "no steps": ("steps = 4", "steps = 0", "steps is 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
+def test_a_mistake_is_one_line_and_makes_nothing(root: Path, mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    right, wrong, told = MISTAKES[mistake]
+    assert right in TOML
+    (root / "run.toml").write_text(TOML.replace(right, wrong).format(root=root))
+    assert code(["train", str(root / "run.toml")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert told in error[-1]
+    assert not any((root / name).exists() for name in ("two", "two-fast", "two-slow"))
+
+
+def test_what_exists_is_not_replaced_unasked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "two-slow").mkdir()
+    assert code(["train", str(root / "run.toml")]) == 2
+    assert "two-slow: already exists" in capsys.readouterr().err
+
+
+def test_options_of_stages_are_refused_without_stages(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "plain.toml").write_text('family = "f"\n')
+    assert code(["train", str(root / "plain.toml"), "--html", str(root / "p.html")]) == 2
+    assert "go with stages" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""Whole runs in stages: whose parameters move, what is kept, what comes out."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.testing import assert_close
+
+from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
+from treadle.family.adapter import Adapter, Provenance
+from treadle.family.peft_format import read_tensors
+from treadle.train.stages.settings import GrpoStage, SftStage
+from treadle.train.stages.training import Assigned, Partition, Plan, Run, System, train_in_stages
+
+WARM_UP = SftStage(learning_rate=0.05, steps=4, batch_size=8)
+SFT = Assigned("films", SftStage(learning_rate=0.05, steps=5, batch_size=4, weight_decay=0.1), 0.5)
+RL = Assigned(
+    "letters",
+    GrpoStage(rewards={"exact": 1.0, "length": 0.5}, learning_rate=0.05, steps=3, group=4, max_completion_length=3),
+    0.5,
+)
+RANKS = Partition(warm_up=WARM_UP, theta=0.8, samples=16)
+
+
+def run_of(
+    world: SimpleNamespace, folder: Path, partition: Partition = RANKS, stages: tuple[Assigned, ...] = (SFT, RL)
+) -> Run:
+    return Run(world.model, world.tokenizer, world.family, world.systems, Plan(partition, stages), folder)
+
+
+def after(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """lora_B after that part of the run."""
+    stored = read_tensors(folder / f"{name}.safetensors")
+    return {key.removesuffix("/lora_B"): tensor for key, tensor in stored.items()}
+
+
+@pytest.mark.parametrize("granularity", ["rank", "element"])
+def test_every_stage_moves_its_region_and_nothing_else(world: SimpleNamespace, folder: Path, granularity: str) -> None:
+    partition = replace(RANKS, granularity=granularity)
+    result = train_in_stages(run_of(world, folder, partition))
+    assert result.regions is not None
+    moments = [after(folder, name) for name in ("warm-up", "stage-1", "stage-2")]
+    for place, assigned in enumerate((SFT, RL)):
+        region = result.regions.active(assigned.system, assigned.share)
+        before, now, moved = moments[place], moments[place + 1], 0
+        for name in before:
+            active = region.ranks[name][None] if granularity == "rank" else region.lora_B[name]
+            active = active.expand_as(before[name])
+            assert torch.equal(before[name][~active], now[name][~active])
+            moved += int((before[name] != now[name]).sum())
+        assert 0 < moved <= region.parameters
+        assert result.passed[place + 1].parameters == region.parameters
+    assert all(torch.equal(result.factors.lora_B[name], B) for name, B in moments[-1].items())
+
+
+def test_the_adapter_opens_in_stock_peft(world: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
+    ids = torch.randint(4, 100, (2, 6))
+    for start, moves_A, warm_up in [("zero", False, WARM_UP), ("pissa", False, None), ("pissa", True, None)]:
+        partition = replace(RANKS, start=start, moves_A=moves_A, warm_up=warm_up)
+        result = train_in_stages(run_of(world, folder / f"{start}-{moves_A}", partition))
+        adapter = result.factors.adapter(world.family, "two", provenance=Provenance("lora-par"), transposed=False)
+        assert (adapter.family is None) == moves_A
+        adapter.save(tmp_path / f"{start}-{moves_A}")
+        assert Adapter.load(tmp_path / f"{start}-{moves_A}").family == adapter.family
+        base = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
+        for name in result.factors.plan.modules:
+            world.model.get_submodule(name).weight.data += result.factors.update(name)
+        ours = world.model(ids).logits
+        world.model.load_state_dict(base)
+        stock = PeftModel.from_pretrained(world.model, str(tmp_path / f"{start}-{moves_A}")).eval()
+        assert_close(stock(ids).logits, ours, atol=1e-4, rtol=1e-4)  # float32 sums in another order
+        world.model = stock.unload()
+
+
+def test_the_same_run_again_is_read_and_another_is_refused(world: SimpleNamespace, folder: Path) -> None:
+    steps: list[str] = []
+    run = run_of(world, folder)
+    result = train_in_stages(run)
+    again = train_in_stages(replace(run, progress=lambda description, done, total: steps.append(description)))
+    assert not any("stage-" in step for step in steps)
+    assert all(torch.equal(again.factors.lora_B[name], B) for name, B in result.factors.lora_B.items())
+    assert [part.records for part in again.passed] == [part.records for part in result.passed]
+    with pytest.raises(MismatchError, match="its theta is 0.8, this run's 0.7"):
+        train_in_stages(run_of(world, folder, replace(RANKS, theta=0.7)))
+
+
+def test_a_killed_run_goes_on(world: SimpleNamespace, folder: Path) -> None:
+    whole = train_in_stages(run_of(world, folder / "whole"))
+
+    class Killed(Exception):
+        pass
+
+    for at in ("warm-up", "stage-1", "stage-2"):
+
+        def kill(description: str, done: int, total: int, at: str = at) -> None:
+            if description.startswith(at) and done == 2:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train_in_stages(replace(run_of(world, folder / at), progress=kill))
+        again = train_in_stages(run_of(world, folder / at))
+        assert all(torch.equal(again.factors.lora_B[name], B) for name, B in whole.factors.lora_B.items())
+
+
+def test_a_damaged_stage_is_named(world: SimpleNamespace, folder: Path) -> None:
+    train_in_stages(run_of(world, folder))
+    (folder / "stage-1.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(InputError, match=r"stage-1\.safetensors: not a stage"):
+        train_in_stages(run_of(world, folder))
+
+
+def test_accuracy_is_measured_between_stages(world: SimpleNamespace, folder: Path) -> None:
+    run = run_of(world, folder)
+    result = train_in_stages(replace(run, plan=replace(run.plan, look_steps=2)))
+    assert list(result.accuracy) == ["before", "stage-1", "stage-2"]
+    assert all(set(found) == {"films", "letters"} for found in result.accuracy.values())
+    looks = [r for r in result.passed[1].records if "accuracy/films" in r.values]
+    assert [look.step for look in looks] == [2, 4, 5]
+    assert looks[-1].values["accuracy/films"] == result.accuracy["stage-1"]["films"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "told"),
+    [
+        ({"partition": Partition(warm_up=None)}, ConfigError, "start = 'zero' has B = 0"),
+        ({"partition": replace(RANKS, theta=1.5)}, ConfigError, "theta is 1.5"),
+        ({"partition": replace(RANKS, theta=0.0)}, ConfigError, "theta is 0.0"),
+        ({"stages": (replace(SFT, share=1.1),)}, ConfigError, "share is 1.1"),
+        ({"stages": (replace(SFT, system="dreams"),)}, InputError, "no system 'dreams'"),
+        ({"stages": (Assigned("letters", replace(RL.stage, max_prompt_length=2)),)}, InputError, "no example to roll"),
+        ({"stages": (Assigned("letters", replace(RL.stage, rewards={"luck": 1.0})),)}, ConfigError, "no reward"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    world: SimpleNamespace, folder: Path, change: dict[str, object], kind: type[TreadleError], told: str
+) -> None:
+    with pytest.raises(kind, match=told) as raised:
+        train_in_stages(run_of(world, folder, **change))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_system_without_an_example_is_named(world: SimpleNamespace, folder: Path) -> None:
+    world.systems = {**world.systems, "letters": System([])}
+    with pytest.raises(InputError, match="system letters: no example belongs to it"):
+        train_in_stages(run_of(world, folder))
+
+
+@pytest.mark.parametrize("order", [(RL, SFT), (SFT, replace(SFT, system="letters"))], ids=["rl-sft", "sft-sft"])
+def test_other_orders_are_runs_too(world: SimpleNamespace, folder: Path, order: tuple[Assigned, ...]) -> None:
+    result = train_in_stages(run_of(world, folder, Partition(granularity="none"), order))
+    kinds = ["reward" if any("reward" in r.values for r in part.records) else "loss" for part in result.passed]
+    assert kinds == ["reward" if isinstance(a.stage, GrpoStage) else "loss" for a in order]
+    assert result.regions is None
