@@ -31,3 +31,31 @@ class ParImportanceCostRun(RunConfig):
     answer_tokens: int = Field(ge=1)
     rounds: int = Field(ge=1)
     seed: int = 0
+
+
+class ParSavingsRun(RunConfig):
+    """`par-savings`.
+
+    Attributes:
+        base: of the adapter.
+        kinds: last parts of the names of the adapted modules.
+        rank: of each; A and B are both trained.
+        share: of the ranks, or of the elements, that is active.
+        batch: samples of a step; --quick takes two.
+        prompt_tokens: of a sample, drawn at random.
+        answer_tokens: of a sample.
+        steps: timed of an arm before the next has its turn, after one that is not.
+        rounds: medians are over them.
+        seed: of A, B, masks and samples.
+    """
+
+    base: str
+    kinds: tuple[str, ...] = Field(min_length=1)
+    rank: int = Field(ge=1)
+    share: float = Field(gt=0.0, lt=1.0)
+    batch: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=1)
+    answer_tokens: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    seed: int = 0

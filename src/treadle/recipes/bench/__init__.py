@@ -25,7 +25,7 @@ from treadle.configs.bench import (
 )
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
-from treadle.configs.bench_partition import ParImportanceCostRun
+from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
 from treadle.configs.bench_ranks import RankProbeCostRun, RankWorthRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
@@ -37,6 +37,7 @@ from treadle.recipes.bench import (
     federated_faults,
     federated_quality,
     par_importance_cost,
+    par_savings,
     privacy_audit,
     rank_probe_cost,
     rank_worth,
@@ -132,6 +133,10 @@ def _par_importance_cost(config: ParImportanceCostRun, session: Session) -> Benc
     return par_importance_cost.par_importance_cost(config, quick=session.quick, progress=session.progress)
 
 
+def _par_savings(config: ParSavingsRun, session: Session) -> BenchmarkResult:
+    return par_savings.par_savings(config, quick=session.quick, progress=session.progress)
+
+
 def _rank_probe_cost(config: RankProbeCostRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return rank_probe_cost.quick_rank_probe_cost(config, work=session.work, progress=session.progress)
@@ -217,6 +222,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
     "par-importance-cost": Benchmark(ParImportanceCostRun, _par_importance_cost),
+    "par-savings": Benchmark(ParSavingsRun, _par_savings),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
     "rank-worth": Benchmark(RankWorthRun, _rank_worth, rank_worth.summary),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
