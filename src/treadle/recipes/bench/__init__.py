@@ -23,6 +23,7 @@ from treadle.configs.bench import (
     RoutingModelCostRun,
     RoutingQualityRun,
 )
+from treadle.configs.bench_claims import ParClaimsRun
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
@@ -36,6 +37,7 @@ from treadle.recipes.bench import (
     federated_bytes,
     federated_faults,
     federated_quality,
+    par_claims,
     par_importance_cost,
     par_savings,
     privacy_audit,
@@ -214,10 +216,17 @@ def _routing_quality(config: RoutingQualityRun, session: Session) -> BenchmarkRe
     )
 
 
+def _par_claims(config: ParClaimsRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return par_claims.quick_par_claims(config, work=session.work, progress=session.progress)
+    return par_claims.par_claims(config, runs=session.runs, work=session.work, progress=session.progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
     "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, federated_quality.summary),
+    "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),

@@ -1,0 +1,84 @@
+"""The settings of the benchmarks of training in stages."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from treadle.configs.toml import RunConfig
+from treadle.partition.importance import Score
+from treadle.train.stages.settings import GrpoStage, SftStage
+
+Part = Literal["sft-recall", "grpo-sums", "sft-sums"]
+
+
+class ParArm(RunConfig):
+    """A way to train both systems.
+
+    Attributes:
+        name: of the arm.
+        granularity: of its regions; "none" trains everything in every stage.
+        theta: of them.
+        score: of them.
+        control: what is done to the regions: "shuffled" deals their units out anew within each module.
+        rank: of every module; the configuration's if None. A lower one with "none" is the plain small LoRA.
+        shares: of the shared units that the first and the second stage train (α and β).
+        labels: whose examples are whose; "random" mixes both kinds before they are shared out.
+        parts: the stages in their order.
+    """
+
+    name: str
+    granularity: Literal["rank", "element", "none"] = "none"
+    theta: float = Field(default=0.9, gt=0.0, le=1.0)
+    score: Score = "taylor"
+    control: Literal["shuffled"] | None = None
+    rank: int | None = Field(default=None, ge=1)
+    shares: tuple[float, float] = (1.0, 1.0)
+    labels: Literal["true", "random"] = "true"
+    parts: tuple[Part, ...] = ("sft-recall", "grpo-sums")
+
+
+class ParClaimsRun(RunConfig):
+    """`par-claims`.
+
+    Attributes:
+        width, layers: of the small Llama.
+        base_steps: of its training.
+        base_facts: that it knows already.
+        facts: to be learnt.
+        terms: of the sums.
+        sums: to be trained on.
+        test_sums: that accuracy is measured on; facts are measured all.
+        rank: of every linear layer.
+        scaling: alpha/r.
+        warm_up: on both kinds, before importance is measured; every arm has it.
+        sft: of facts.
+        grpo: of sums.
+        long_sft: of sums, in place of rollouts, at the same cost.
+        samples: of each kind, for importance.
+        factors: the grid: all learning rates but the warm-up's are multiplied by one of them.
+        tuning_seeds: of the search, whose worlds are others than those of `seeds`.
+        seeds: of the worlds that are reported.
+        most_active: share of the parameters that a stage of "ours" may train at most.
+        arms: what is compared; "full" and "dense" among them.
+    """
+
+    width: int = Field(ge=8)
+    layers: int = Field(ge=1)
+    base_steps: int = Field(ge=1)
+    base_facts: int = Field(ge=1)
+    facts: int = Field(ge=1)
+    terms: int = Field(ge=2)
+    sums: int = Field(ge=1)
+    test_sums: int = Field(ge=1)
+    rank: int = Field(ge=2)
+    scaling: float = Field(gt=0)
+    warm_up: SftStage
+    sft: SftStage
+    grpo: GrpoStage
+    long_sft: SftStage
+    samples: int = Field(ge=2)
+    factors: tuple[float, ...] = Field(min_length=1)
+    tuning_seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=3)
+    most_active: float = Field(gt=0, le=1)
+    arms: tuple[ParArm, ...] = Field(min_length=2)
