@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import cast, get_args
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from treadle import files
 from treadle.errors import FormatError, InputError
 from treadle.partition.importance import SCORES, Importance
+from treadle.partition.overlap import Overlap
 from treadle.partition.regions import Facts, Regions
 from treadle.partition.units import Granularity, Mask
 
@@ -24,7 +26,7 @@ def save_regions(regions: Regions, path: Path) -> None:
     """Replace `path` by the regions, whole or not at all.
 
     Tensors are named "SYSTEM/importance/KEY" (float64) and "SYSTEM/selected/KEY" (bool), KEY as in `units`. The header
-    says in JSON: θ, granularity, score, samples a system, parameters of each region, sizes and facts.
+    says in JSON: θ, granularity, score, samples a system, parameters of each region, floors, sizes and facts.
 
     Raises:
         UnavailableError: the disk refuses.
@@ -45,6 +47,7 @@ def save_regions(regions: Regions, path: Path) -> None:
             "shared": regions.shared.parameters,
             **{f"only {system}": regions.own(system).parameters for system in regions.systems},
         },
+        "floors": [{"systems": list(pair), **asdict(floor)} for pair, floor in regions.floors.items()],
         "sizes": dict(first.sizes),
         "facts": dict(regions.facts),
     }
@@ -95,7 +98,20 @@ def _regions(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Reg
         for system, count in samples.items()
     }
     selected = {s: Mask(stored(s, "selected", torch.bool), importances[s].sizes) for s in samples}
-    return Regions(float(cast("float", header["theta"])), importances, selected, cast("Facts", facts))
+    theta = float(cast("float", header["theta"]))
+    return Regions(theta, importances, selected, cast("Facts", facts), dict(map(_floor, _rows(header["floors"]))))
+
+
+def _rows(listed: object) -> list[dict[str, object]]:
+    if not isinstance(listed, list):
+        raise ValueError(f"floors are {listed!r}")
+    return cast("list[dict[str, object]]", listed)
+
+
+def _floor(row: Mapping[str, object]) -> tuple[tuple[str, str], Overlap]:
+    first, second = cast("list[str]", row["systems"])
+    samples, *indices = (float(cast("float", row[field.name])) for field in fields(Overlap))
+    return (first, second), Overlap(int(samples), *indices)
 
 
 def _table(header: Mapping[str, object], name: str) -> dict[str, object]:

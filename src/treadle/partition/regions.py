@@ -1,9 +1,8 @@
 """Which units belong to which system, and which to several."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from treadle import randomness
 from treadle.errors import InputError, MismatchError
 from treadle.files import checked_name
-from treadle.partition.importance import Importance
+from treadle.partition.importance import Importance, Measured, Score, importance
+from treadle.partition.overlap import Overlap, growth
 from treadle.partition.selection import jaccard, smallest_set, top_share
 from treadle.partition.units import Mask, check_alike, flat, module_of, unflattened
 
@@ -48,12 +48,35 @@ class Regions:
         importances: system → importance of every unit, in the systems' order.
         selected: system → the units that it selected.
         facts: what is known of their making.
+        floors: pair of systems → how far halves of their samples agree, within a system and between the two; what
+            the overlap of the pair is to be read beside. Empty where importance alone was given.
     """
 
     theta: float
     importances: Mapping[str, Importance]
     selected: Mapping[str, Mask]
     facts: Facts
+    floors: Mapping[tuple[str, str], Overlap] = field(default_factory=dict[tuple[str, str], Overlap])
+
+    @classmethod
+    def measured(
+        cls, found: Mapping[str, Measured], *, theta: float, score: Score = "taylor", facts: Facts | None = None
+    ) -> "Regions":
+        """The regions of the systems, with the floors that noise puts under their overlaps.
+
+        Args:
+            found: system → its sums, all of the same units and in as many blocks, an even number.
+            theta: see `of`.
+            score: of importance.
+            facts: to be kept beside them.
+
+        Raises:
+            TreadleError: every importance to a system is 0.
+            The others: those of `of` and of `overlap.growth`.
+        """
+        regions = cls.of({s: importance(sums, score) for s, sums in found.items()}, theta=theta, facts=facts)
+        pairs = combinations(found, 2)
+        return replace(regions, floors={(a, b): growth(found[a], found[b], theta, score=score)[-1] for a, b in pairs})
 
     @classmethod
     def of(cls, importances: Mapping[str, Importance], *, theta: float, facts: Facts | None = None) -> "Regions":
@@ -87,11 +110,6 @@ class Regions:
         counts = {name: torch.stack([mask.units[name] for mask in masks]).sum(0) for name in masks[0].units}
         return Mask({name: count >= 2 for name, count in counts.items()}, masks[0].sizes)
 
-    @property
-    def anywhere(self) -> Mask:
-        """What any system selected."""
-        return reduce(or_, self.selected.values())
-
     def own(self, system: str) -> Mask:
         """What that system selected and no other did.
 
@@ -118,7 +136,7 @@ class Regions:
         return self.own(system) | top_share(among, self.importances[system], share)
 
     def overlap(self, first: str, second: str) -> float:
-        """The Jaccard index of what two systems selected, to be read beside `overlap.growth`.
+        """The Jaccard index of what two systems selected, to be read beside `floors`.
 
         Raises:
             InputError: no such system.

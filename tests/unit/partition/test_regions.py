@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from treadle.errors import ConfigError, FormatError, InputError, MismatchError
-from treadle.partition.importance import Importance, importance, measure
+from treadle.partition.importance import Importance, measure
+from treadle.partition.overlap import growth, split_half
 from treadle.partition.region_files import load_regions, save_regions
 from treadle.partition.regions import Regions, shuffled
 from treadle.partition.units import Mask, flat
@@ -39,7 +40,6 @@ def test_two_systems_make_the_articles_regions() -> None:
     assert places(regions.own("system1")) == [0]
     assert places(regions.own("system2")) == [3, 4]
     assert places(regions.shared) == [1, 2]
-    assert places(regions.anywhere) == [0, 1, 2, 3, 4]
     assert regions.overlap("system1", "system2") == 2 / 5
 
 
@@ -67,7 +67,8 @@ values = st.lists(st.integers(0, 5), min_size=6, max_size=6).filter(any)
 def test_regions_part_what_is_selected(rows: list[list[int]], theta: float) -> None:
     regions = Regions.of({f"s{i}": weighed(row) for i, row in enumerate(rows)}, theta=theta)
     parts = [places(regions.own(system)) for system in regions.systems] + [places(regions.shared)]
-    assert sorted(place for part in parts for place in part) == places(regions.anywhere)  # each once
+    selected = {place for mask in regions.selected.values() for place in places(mask)}
+    assert sorted(place for part in parts for place in part) == sorted(selected)  # each once
     for system in regions.systems:
         assert regions.active(system, 1.0).count == regions.selected[system].count
         assert set(places(regions.own(system))) <= set(places(regions.active(system, 0.3)))
@@ -107,15 +108,32 @@ def test_shuffled_within_all_moves_between_modules() -> None:
     assert places(shuffled(regions, seed=0, within="all").own("s")) != [0, 1, 2]
 
 
+def test_floors_are_those_of_every_pair_of_systems(net_of: Callable[..., Any]) -> None:
+    net = net_of(12)
+    found = {
+        system: measure(net.loss, [list(numbers)], lora_A={}, lora_B=net.lora_B, blocks=4)
+        for system, numbers in (("a", range(4)), ("b", range(4, 8)), ("c", range(8, 12)))
+    }
+    regions = Regions.measured(found, theta=0.8, score="gradient")
+    assert list(regions.floors) == [("a", "b"), ("a", "c"), ("b", "c")]
+    for (one, other), floor in regions.floors.items():
+        assert floor == growth(found[one], found[other], 0.8, score="gradient")[-1]
+        assert floor.first == split_half(found[one], 0.8, score="gradient")
+        assert floor.samples == 2
+    assert {found.score for found in regions.importances.values()} == {"gradient"}
+
+
 def test_regions_of_elements_come_back_from_their_file(net_of: Callable[..., Any], tmp_path: Path) -> None:
     net, found = net_of(), {}
     for system, numbers in (("system1", [0, 1, 2]), ("system2", [3, 4, 5])):
-        found[system] = importance(measure(net.loss, [numbers], lora_A=net.lora_A, lora_B=net.lora_B))
-    regions = Regions.of(found, theta=0.9, facts={"seed": 0, "data": "ab" * 32})
+        found[system] = measure(net.loss, [numbers], lora_A=net.lora_A, lora_B=net.lora_B)
+    regions = Regions.measured(found, theta=0.9, facts={"seed": 0, "data": "ab" * 32})
     path = tmp_path / "regions.safetensors"
     save_regions(regions, path)
     loaded = load_regions(path)
     assert (loaded.theta, loaded.facts, loaded.systems) == (0.9, regions.facts, regions.systems)
+    assert loaded.floors == regions.floors
+    assert list(loaded.floors) == [("system1", "system2")]
     for system in regions.systems:
         before, after = regions.active(system, 0.5), loaded.active(system, 0.5)
         assert before.lora_A.keys() == after.lora_A.keys() == net.lora_A.keys()
@@ -151,6 +169,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tens
         lambda header, tensors: header.update(sizes=[1]),
         lambda header, tensors: header.update(samples={}),
         lambda header, tensors: header.pop("theta"),
+        lambda header, tensors: header.update(floors={}),
+        lambda header, tensors: header.update(floors=[{"systems": ["s"]}]),
         lambda header, tensors: tensors.pop("s/selected/a/rank"),
         lambda header, tensors: tensors.update({"s/selected/a/rank": torch.ones(3)}),
         lambda header, tensors: tensors.update({"s/importance/a/rank": torch.ones(2, dtype=torch.float64)}),
