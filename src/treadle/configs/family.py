@@ -24,12 +24,27 @@ class PublicText(RunConfig):
     field: str = "text"
 
 
+class EqualRanks(RunConfig):
+    """The plan that gives every layer of some kinds one rank.
+
+    Attributes:
+        rank: of every layer.
+        scaling: alpha/r of every layer.
+        kinds: last parts of the layers' names, such as "q_proj"; None takes every linear layer below the head.
+    """
+
+    rank: int = Field(ge=1)
+    scaling: float = Field(default=1.0, gt=0)
+    kinds: tuple[str, ...] | None = None
+
+
 class FamilyRun(RunConfig):
     """Which family is made.
 
     Attributes:
         base: catalogue name, folder or hub id of the frozen base.
         plan: a plan.json for it.
+        equal: in place of a plan, one rank for all layers.
         out: the family's folder.
         seed: of the frozen A; of "public-pca", of the choice of passages; "weight-svd" has nothing to draw.
         init: how A is made: drawn ("kaiming", "orthonormal"), from the base's weights ("weight-svd") or from what its
@@ -40,13 +55,20 @@ class FamilyRun(RunConfig):
     """
 
     base: str
-    plan: Path
     out: Path
+    plan: Path | None = None
+    equal: EqualRanks | None = None
     seed: int = 0
     init: Literal["kaiming", "orthonormal", "weight-svd", "public-pca"] = "kaiming"
     text: PublicText | None = None
     device: str = "auto"
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _ranks_are_given_once(self) -> "FamilyRun":
+        if (self.plan is None) == (self.equal is None):
+            raise ValueError("give either a plan, as treadle plan writes it, or [equal] ranks")
+        return self
 
     @model_validator(mode="after")
     def _text_is_read(self) -> "FamilyRun":

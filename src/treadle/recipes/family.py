@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from treadle.configs.family import FamilyRun, PublicText
+from treadle.configs.family import EqualRanks, FamilyRun, PublicText
 from treadle.data.public_text import public_texts
 from treadle.errors import InputError, MismatchError
 from treadle.family.family import INITS, AdapterFamily
@@ -35,16 +35,17 @@ def new_family(config: FamilyRun, progress: Progress = silent) -> AdapterFamily:
     """
     if config.out.exists() and not config.overwrite:  # said before minutes of work, not after
         raise InputError("already exists", where=config.out, remedy="choose another name or set overwrite")
-    plan = RankPlan.load(config.plan)
+    planned = RankPlan.load(config.plan) if config.plan else None
     progress("opening the base model", 0, 0)
     base = identity_of(config.base)
-    if plan.provenance.get("base_sha256", base.sha256) != base.sha256:
+    if planned is not None and planned.provenance.get("base_sha256", base.sha256) != base.sha256:
         raise MismatchError(
-            f"the plan was made for {plan.provenance.get('base')!r}, whose weights are not those of {base.name!r}",
+            f"the plan was made for {planned.provenance.get('base')!r}, whose weights are not those of {base.name!r}",
             where=config.plan,
             remedy="name that base or plan again",
         )
     model = load_model(config.base, device=config.device)
+    plan = planned or _equal(model, config.equal)
     plan.check(linear_shapes(model))
     if config.init in INITS:
         return store_family(
@@ -56,6 +57,11 @@ def new_family(config: FamilyRun, progress: Progress = silent) -> AdapterFamily:
     )
     family.save(config.out, overwrite=config.overwrite)
     return family
+
+
+def _equal(model: PreTrainedModel, ranks: EqualRanks | None) -> RankPlan:
+    assert ranks is not None  # the configuration has a plan or these
+    return RankPlan.uniform(linear_shapes(model, ranks.kinds), rank=ranks.rank, scaling=ranks.scaling)
 
 
 def store_family(

@@ -54,6 +54,20 @@ def test_the_same_again_is_the_same_family(base: Path, init: str) -> None:
     assert (base / "copied" / METADATA).read_bytes() == (base / "family" / METADATA).read_bytes()
 
 
+def test_one_rank_for_all_layers_needs_no_plan(base: Path) -> None:
+    family = new_family(config(base, "kaiming", plan=None, equal={"rank": 3, "scaling": 4.0, "kinds": ["v_proj"]}))
+    assert {name.rpartition(".")[2] for name in family.plan.modules} == {"v_proj"}
+    assert {(row.rank, row.scaling) for row in family.plan.modules.values()} == {(3, 4.0)}
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_ranks_are_given_once(base: Path, both: bool) -> None:
+    content = {"base": str(base / "base"), "out": base / "family"}
+    content |= {"plan": base / "plan.json", "equal": {"rank": 3}} if both else {}
+    with pytest.raises(ConfigError, match="give either a plan"):
+        checked(content, FamilyRun, where="family.toml")
+
+
 def test_every_name_makes_another_family(base: Path) -> None:
     families = [new_family(config(base, init, out=base / init)) for init in INITS]
     assert len({family.fingerprint for family in families}) == len(INITS)

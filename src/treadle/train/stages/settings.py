@@ -96,7 +96,7 @@ class GrpoStage:
     max_completion_length: int = 256
     temperature: float = 1.0
     kl: float = 0.0
-    clip: float = 0.1
+    clip: float = 0.2
     loss: GroupLoss = "grpo"
     scale_rewards: bool = True
     iterations: int = 1
