@@ -1,4 +1,4 @@
-"""The same federation under Flower's simulation; runs where Ray is installed (`pip install 'flwr[simulation]'`)."""
+"""The same federation under Flower's simulation; runs where Ray is installed (`pip install 'treadle[simulation]'`)."""
 
 import json
 import os
@@ -49,7 +49,7 @@ pause = 1
 """
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'flwr[simulation]'")
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'treadle[simulation]'")
 def test_simulated_silos_make_the_adapter_and_pay_from_their_ledgers(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

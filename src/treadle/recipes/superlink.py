@@ -36,6 +36,7 @@ from treadle.train.federated.run import Grid
 
 OUTCOME = "outcome.json"
 _SECONDS_BETWEEN_QUESTIONS = 30.0
+_LIVES = 3
 _NOT_ACTIVATED = b"[code: 2004]"  # Flower's: the key is unknown, or a node is connected with it already
 _KEPT_OUTPUT = 2**14
 
@@ -137,7 +138,7 @@ def submit(
     progress: Progress = silent,
     seen: Callable[[Watched], None] = lambda now: None,
 ) -> FederatedRun:
-    """What the run made on the SuperLink, once it is over.
+    """What the run made on the SuperLink, once it is over; a run that Flower loses is resumed, twice at most.
 
     Args:
         config: the run's.
@@ -150,22 +151,34 @@ def submit(
         InputError: as `federate_on`, told by the ServerApp.
         UnavailableError: the SuperLink does not answer.
     """
-    run_of(config, resume=resume)  # what is wrong with the configuration is said here and now
-    outcome = state_folder(config) / OUTCOME
-    outcome.unlink(missing_ok=True)
-    bundle = _bundle(config)
-    settings = {"run": str(path.resolve()), "folder": str(Path.cwd()), "resume": "yes" if resume else ""}
-    given = " ".join(f'{name}="{value}"' for name, value in settings.items())
-    _flwr(config, ["run", str(bundle), "treadle", "--run-config", given])
-    _follow(config, outcome, progress, seen)
+    _, folder = run_of(config, resume=resume)  # what is wrong with the configuration is said here and now
+    outcome, bundle = state_folder(config) / OUTCOME, _bundle(config)
+    for life in range(1, _LIVES + 1):
+        outcome.unlink(missing_ok=True)
+        settings = {"run": str(path.resolve()), "folder": str(Path.cwd()), "resume": "yes" if resume else ""}
+        given = " ".join(f'{name}="{value}"' for name, value in settings.items())
+        _flwr(config, ["run", str(bundle), "treadle", "--run-config", given])
+        try:
+            _follow(config, outcome, progress, seen)
+        except _LostError as lost:
+            if life == _LIVES:
+                raise
+            progress(f"{lost.what}; it goes on from its last round", 0, config.work.rounds)
+            resume = folder.exists
+        else:
+            break
     return _made(config, outcome)
+
+
+class _LostError(UnavailableError):
+    """Flower has given the run up: its ServerApp died, or a starved machine made it miss its heartbeats."""
 
 
 def _follow(config: FederateRun, outcome: Path, progress: Progress, seen: Callable[[Watched], None]) -> None:
     """Tell of every round until the ServerApp has written its outcome.
 
     Raises:
-        UnavailableError: it ended without one.
+        _LostError: it ended without one.
     """
     progress("the run is on the SuperLink", 0, config.work.rounds)
     known, asked = 0, time.monotonic()
@@ -179,7 +192,7 @@ def _follow(config: FederateRun, outcome: Path, progress: Progress, seen: Callab
             asked = time.monotonic()
             ended = _ended(_flwr(config, ["ls", "treadle", "--format", "json"]))
             if ended and not outcome.exists():
-                raise UnavailableError(
+                raise _LostError(
                     f"the run ended without an outcome: {ended}",
                     remedy="the SuperLink's log may say why; `treadle federate resume` goes on from the last round",
                 )

@@ -30,7 +30,7 @@ def simulated(run: Callable[[Grid], Made], silo_of: Callable[[int], Silo], silos
     if importlib.util.find_spec("ray") is None:
         raise UnavailableError(
             "Flower's simulation needs Ray, which is not installed",
-            remedy="pip install 'flwr[simulation]', or leave `grid` out",
+            remedy="pip install 'treadle[simulation]', or leave `grid` out",
         )
     from flwr.simulation import run_simulation
 
