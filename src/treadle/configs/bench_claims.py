@@ -7,8 +7,7 @@ from pydantic import Field
 from treadle.configs.toml import RunConfig
 from treadle.partition.importance import Score
 from treadle.train.stages.settings import GrpoStage, SftStage
-
-Part = Literal["sft-recall", "grpo-sums", "sft-sums"]
+from treadle.train.stages.starts import Start
 
 
 class ParArm(RunConfig):
@@ -23,7 +22,9 @@ class ParArm(RunConfig):
         rank: of every module; the configuration's if None. A lower one with "none" is the plain small LoRA.
         shares: of the shared units that the first and the second stage train (α and β).
         labels: whose examples are whose; "random" mixes both kinds before they are shared out.
-        parts: the stages in their order.
+        parts: the stages in their order, by the names that the benchmark gives them.
+        start: of A and B.
+        moves_A: whether A is trained.
     """
 
     name: str
@@ -34,42 +35,32 @@ class ParArm(RunConfig):
     rank: int | None = Field(default=None, ge=1)
     shares: tuple[float, float] = (1.0, 1.0)
     labels: Literal["true", "random"] = "true"
-    parts: tuple[Part, ...] = ("sft-recall", "grpo-sums")
+    parts: tuple[str, ...] = ("sft-recall", "grpo-sums")
+    start: Start = "zero"
+    moves_A: bool = False
 
 
-class ParClaimsRun(RunConfig):
-    """`par-claims`.
+class ParTrials(RunConfig):
+    """What the benchmarks of training in stages share.
 
     Attributes:
-        width, layers: of the small Llama.
-        base_steps: of its training.
-        base_facts: that it knows already.
-        facts: to be learnt.
-        terms: of the sums.
-        sums: to be trained on.
-        test_sums: that accuracy is measured on; facts are measured all.
-        rank: of every linear layer.
+        dtype: of the base.
+        kinds: last parts of the names of the adapted layers; None takes all.
+        rank: of every layer.
         scaling: alpha/r.
-        warm_up: on both kinds, before importance is measured; every arm has it.
-        sft: of facts.
-        grpo: of sums.
-        long_sft: of sums, in place of rollouts, at the same cost.
-        samples: of each kind, for importance.
+        warm_up: on all kinds of examples, before importance is measured; every arm has it.
+        sft: of the first system.
+        grpo: of the second.
+        long_sft: of the second, in place of rollouts.
+        samples: of each system, for importance.
         factors: the grid: all learning rates but the warm-up's are multiplied by one of them.
         tuning_seeds: of the search, whose worlds are others than those of `seeds`.
         seeds: of the worlds that are reported.
-        most_active: share of the parameters that a stage of "ours" may train at most.
-        arms: what is compared; "full" and "dense" among them.
+        arms: what is compared.
     """
 
-    width: int = Field(ge=8)
-    layers: int = Field(ge=1)
-    base_steps: int = Field(ge=1)
-    base_facts: int = Field(ge=1)
-    facts: int = Field(ge=1)
-    terms: int = Field(ge=2)
-    sums: int = Field(ge=1)
-    test_sums: int = Field(ge=1)
+    dtype: str = "float32"
+    kinds: tuple[str, ...] | None = None
     rank: int = Field(ge=2)
     scaling: float = Field(gt=0)
     warm_up: SftStage
@@ -80,5 +71,30 @@ class ParClaimsRun(RunConfig):
     factors: tuple[float, ...] = Field(min_length=1)
     tuning_seeds: tuple[int, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=3)
-    most_active: float = Field(gt=0, le=1)
     arms: tuple[ParArm, ...] = Field(min_length=2)
+
+
+class ParClaimsRun(ParTrials):
+    """`par-claims`: facts first, then sums; "full" and "dense" are among the arms.
+
+    Attributes:
+        width: of the small Llama.
+        layers: of it.
+        base_steps: of its training.
+        base_facts: that it knows already.
+        facts: to be learnt.
+        terms: of the sums.
+        sums: to be trained on.
+        test_sums: that accuracy is measured on; facts are measured all.
+        most_active: share of the parameters that a stage of "ours" may train at most.
+    """
+
+    width: int = Field(ge=8)
+    layers: int = Field(ge=1)
+    base_steps: int = Field(ge=1)
+    base_facts: int = Field(ge=1)
+    facts: int = Field(ge=1)
+    terms: int = Field(ge=2)
+    sums: int = Field(ge=1)
+    test_sums: int = Field(ge=1)
+    most_active: float = Field(gt=0, le=1)

@@ -1,8 +1,5 @@
 """`par-claims`: what of LoRA-PAR holds in a small world whose two systems are known exactly.
 
-tune   every arm on one grid of learning rates, on worlds of their own
-test   every arm at its best rate, on fresh worlds, paired by world
-
 All arms share base, family (A drawn a world), warm-up, data and steps, and differ in what they train in which order.
 
 Reference: arXiv 2507.20999 §4 (the claims); it has neither the plain small LoRA nor intervals.
@@ -10,41 +7,25 @@ Reference: arXiv 2507.20999 §4 (the claims); it has neither the plain small LoR
 
 import json
 import math
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Literal, cast
+from typing import cast
 
 from treadle.configs.bench_claims import ParArm, ParClaimsRun
 from treadle.data.prompts import Example
 from treadle.evaluation.intervals import mean_interval
-from treadle.family.family import AdapterFamily
-from treadle.family.injection import linear_shapes
-from treadle.family.plan import RankPlan
-from treadle.models.identity import identify_folder
-from treadle.models.loading import load_model, load_tokenizer
-from treadle.partition.regions import shuffled as shuffled_regions
 from treadle.progress import Progress, silent
+from treadle.recipes.bench.par_trials import Trial, World, arm_row, best_factor, paired, run_trials, tuned
 from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, base_of, facts_of, metric_of, sums_of
-from treadle.recipes.bench.result import (
-    BenchmarkResult,
-    Metric,
-    commit,
-    device_name,
-    finished_runs,
-    is_recorded,
-    record_run,
-)
+from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
 from treadle.train.rows import shuffled
-from treadle.train.stages.settings import Stage
-from treadle.train.stages.training import Assigned, Partition, Plan, Run, Staged, System, train_in_stages
+from treadle.train.stages.training import System
 
 NAME = "par-claims"
 FULL, DENSE = "full", "dense"
 _BASE_SEED = 0
+_MEASURES = ("accuracy", "recall", "sums", "recall_first", "sums_first")
 _NEAR = 0.02  # two points, within which "ours" may lie below full LoRA
 
 
@@ -78,20 +59,6 @@ CLAIMS = (
 )
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One run: an arm in a world, all rates multiplied by the factor."""
-
-    arm: ParArm
-    stage: Literal["tune", "test"]
-    seed: int
-    factor: float
-
-    def key(self) -> dict[str, object]:
-        """What tells this trial from all others, as JSON has it."""
-        return {"arm": self.arm.name, "stage": self.stage, "seed": self.seed, "factor": self.factor}
-
-
 def par_claims(config: ParClaimsRun, *, runs: Path, work: Path, progress: Progress = silent) -> BenchmarkResult:
     """Every trial of the configuration that is not in `runs` yet, then the figures of all of them.
 
@@ -101,11 +68,7 @@ def par_claims(config: ParClaimsRun, *, runs: Path, work: Path, progress: Progre
         work: where the base is kept.
         progress: told of every trial.
     """
-    base = base_of(_size(config), work / f"base-{config.base_steps}", seed=_BASE_SEED, progress=progress)
-    expected = len(config.arms) * (len(config.factors) * len(config.tuning_seeds) + len(config.seeds))
-    for trial in _trials(config, runs):
-        progress(", ".join(map(str, trial.key().values())), len(list(finished_runs(runs))), expected)
-        record_run(runs, judged(config, trial, base))
+    run_trials(config, world_of(config, work, progress), runs, progress)
     return summary(config, list(finished_runs(runs)))
 
 
@@ -139,66 +102,11 @@ def _size(config: ParClaimsRun) -> WorldSize:
     )
 
 
-def _trials(config: ParClaimsRun, runs: Path) -> Iterator[Trial]:
-    """The trials that are not recorded: those that tune, seed by seed, then those that are reported."""
-    tune = [
-        Trial(arm, "tune", seed, factor)
-        for seed in config.tuning_seeds
-        for arm in config.arms
-        for factor in config.factors
-    ]
-    yield from (trial for trial in tune if not is_recorded(runs, trial.key()))
-    found = list(finished_runs(runs))
-    test = [Trial(arm, "test", seed, best_factor(config, found, arm)) for seed in config.seeds for arm in config.arms]
-    yield from (trial for trial in test if not is_recorded(runs, trial.key()))
-
-
-def best_factor(config: ParClaimsRun, runs: Sequence[Mapping[str, object]], arm: ParArm) -> float:
-    """The factor of the grid with the best mean accuracy over the tuning seeds, the first of equals."""
-    return max(config.factors, key=lambda factor: _tuned(runs, arm.name, factor))
-
-
-def _tuned(runs: Sequence[Mapping[str, object]], arm: str, factor: float) -> float:
-    key = {"arm": arm, "stage": "tune", "factor": factor}
-    return fmean([cast("float", run["accuracy"]) for run in runs if key.items() <= run.items()])
-
-
-def judged(config: ParClaimsRun, trial: Trial, base: Path) -> dict[str, object]:
-    """The trial's record: what it is, accuracies, shares of parameters, seconds."""
-    begun, arm = time.monotonic(), trial.arm
-    model, tokenizer = load_model(str(base), device="cpu"), load_tokenizer(str(base))
-    plan = RankPlan.uniform(linear_shapes(model), rank=arm.rank or config.rank, scaling=config.scaling)
-    family = AdapterFamily.create(base=identify_folder(base, "small world"), plan=plan, seed=trial.seed)
-    partition = Partition(
-        warm_up=replace(config.warm_up, seed=trial.seed),
-        granularity=arm.granularity,
-        theta=arm.theta,
-        score=arm.score,
-        samples=config.samples,
-        seed=trial.seed,
-        control=(lambda regions: shuffled_regions(regions, seed=trial.seed)) if arm.control else None,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        stages = Plan(partition, _stages(config, trial))
-        run = Run(model, tokenizer, family, _systems(config, trial), stages, Path(folder))
-        made = train_in_stages(run)
-    return trial.key() | _measures(made) | {"seconds": round(time.monotonic() - begun, 1), "commit": commit()}
-
-
-def _stages(config: ParClaimsRun, trial: Trial) -> list[Assigned]:
-    known: Mapping[str, tuple[str, Stage]] = {
-        "sft-recall": (RECALL, config.sft),
-        "grpo-sums": (SUMS, config.grpo),
-        "sft-sums": (SUMS, config.long_sft),
-    }
-    return [
-        Assigned(
-            known[part][0],
-            replace(known[part][1], learning_rate=trial.factor * known[part][1].learning_rate, seed=trial.seed),
-            share,
-        )
-        for part, share in zip(trial.arm.parts, trial.arm.shares, strict=False)
-    ]
+def world_of(config: ParClaimsRun, work: Path, progress: Progress = silent) -> World:
+    """The small world, its base trained in `work` if it is not there yet."""
+    base = base_of(_size(config), work / f"base-{config.base_steps}", seed=_BASE_SEED, progress=progress)
+    parts = {"sft-recall": (RECALL, config.sft), "grpo-sums": (SUMS, config.grpo), "sft-sums": (SUMS, config.long_sft)}
+    return World(base, lambda trial: _systems(config, trial), parts)
 
 
 def _systems(config: ParClaimsRun, trial: Trial) -> dict[str, System]:
@@ -226,25 +134,10 @@ def _dealt(known: Mapping[str, list[Example]], seed: int) -> dict[str, list[Exam
     return {name: [even[place] for place in order[part :: len(names)]] for part, name in enumerate(names)}
 
 
-def _measures(made: Staged) -> dict[str, object]:
-    moments = list(made.accuracy.values())
-    last, whole = moments[-1], made.factors.plan.count().lora_B
-    stages = [part for part in made.passed if part.name != "warm-up"]
-    return {
-        "recall": last[RECALL],
-        "sums": last[SUMS],
-        "accuracy": fmean(last.values()),
-        "recall_first": moments[1][RECALL],
-        "sums_first": moments[1][SUMS],
-        "active": [round(part.parameters / whole, 4) for part in stages],
-        "parameters": [part.parameters for part in stages],
-    }
-
-
 def summary(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """A row an arm with its means, a row a claim with its interval and verdict, and what ours is worth."""
     tested = [run for run in runs if run["stage"] == "test"]
-    rows: list[dict[str, object]] = [_arm_row(arm, tested) for arm in config.arms]
+    rows: list[dict[str, object]] = [arm_row(arm, tested, _MEASURES) for arm in config.arms]
     rows += [_claim_row(claim, tested) for claim in CLAIMS]
     ours, metrics = _ours(config, runs), dict[str, Metric]()
     for other, bound in ((FULL, -_NEAR), (DENSE, 0.0)):
@@ -262,37 +155,16 @@ def summary(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> Bench
 
 def _ours(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> str:
     """The arm with regions that does best on the tuning seeds and trains few enough parameters; "" before they ran."""
-    tuned = [run for run in runs if run["stage"] == "tune"]
+    searched = [run for run in runs if run["stage"] == "tune"]
 
     def allowed(arm: ParArm) -> bool:
-        active = [cast("list[float]", run["active"]) for run in tuned if run["arm"] == arm.name]
+        active = [cast("list[float]", run["active"]) for run in searched if run["arm"] == arm.name]
         plain = arm.granularity != "none" and arm.control is None and arm.labels == "true" and len(arm.parts) == 2
         return plain and bool(active) and max(map(max, active)) <= config.most_active
 
     candidates = [arm for arm in config.arms if allowed(arm)]
-    merit = {arm.name: _tuned(runs, arm.name, best_factor(config, runs, arm)) for arm in candidates}
+    merit = {arm.name: tuned(runs, arm.name, best_factor(config, runs, arm)) for arm in candidates}
     return max(merit, key=lambda name: merit[name], default="")
-
-
-def paired(runs: Sequence[Mapping[str, object]], arm: str, other: str, measure: str) -> list[float]:
-    """The arm's measure less the other's, seed by seed, where both have run."""
-    found = {
-        name: {cast("int", run["seed"]): cast("float", run[measure]) for run in runs if run["arm"] == name}
-        for name in (arm, other)
-    }
-    return [found[arm][seed] - found[other][seed] for seed in sorted(found[arm].keys() & found[other].keys())]
-
-
-def _arm_row(arm: ParArm, runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    own = [run for run in runs if run["arm"] == arm.name]
-    row: dict[str, object] = {"arm": arm.name, "seeds": len(own)}
-    if own:
-        for measure in ("accuracy", "recall", "sums", "recall_first", "sums_first"):
-            row[measure] = fmean(cast("float", run[measure]) for run in own)
-        stages = zip(*(cast("list[float]", run["active"]) for run in own), strict=True)
-        row["active"] = [round(fmean(stage), 3) for stage in stages]
-        row["factor"] = own[0]["factor"]
-    return row
 
 
 def _claim_row(claim: Claim, runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
