@@ -98,3 +98,29 @@ class ParClaimsRun(ParTrials):
     sums: int = Field(ge=1)
     test_sums: int = Field(ge=1)
     most_active: float = Field(gt=0, le=1)
+
+
+class ParSmollm2Run(ParTrials):
+    """`par-smollm2`: a task of recognition first, then one of calculation, on a real model.
+
+    Parts of runs are called "sft-first", "sft-second", "grpo-second".
+
+    Attributes:
+        base: the model.
+        first: task of the first system: a shipped one's name, or a file beside the configuration.
+        second: likewise, of the second; its answers are generated.
+        train_limit: examples of each that are trained on.
+        validation_limit: examples of each on which rates are chosen.
+        test_limit: examples of each that are reported.
+        ours: the arm that the metrics speak of.
+        peer: the arm that it is held against.
+    """
+
+    base: str
+    first: str
+    second: str
+    train_limit: int = Field(ge=1)
+    validation_limit: int = Field(ge=1)
+    test_limit: int = Field(ge=1)
+    ours: str
+    peer: str

@@ -23,7 +23,7 @@ from treadle.configs.bench import (
     RoutingModelCostRun,
     RoutingQualityRun,
 )
-from treadle.configs.bench_claims import ParClaimsRun
+from treadle.configs.bench_claims import ParClaimsRun, ParSmollm2Run
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
@@ -40,6 +40,7 @@ from treadle.recipes.bench import (
     par_claims,
     par_importance_cost,
     par_savings,
+    par_smollm2,
     privacy_audit,
     rank_probe_cost,
     rank_worth,
@@ -222,11 +223,23 @@ def _par_claims(config: ParClaimsRun, session: Session) -> BenchmarkResult:
     return par_claims.par_claims(config, runs=session.runs, work=session.work, progress=session.progress)
 
 
+def _par_smollm2(config: ParSmollm2Run, session: Session) -> BenchmarkResult:
+    folder = session.runs.parent.parent  # task files lie beside the configuration
+    if session.quick:
+        return par_smollm2.quick_par_smollm2(
+            config, folder=folder, work=session.work, data=session.data, progress=session.progress
+        )
+    return par_smollm2.par_smollm2(
+        config, folder=folder, runs=session.runs, data=session.data, progress=session.progress
+    )
+
+
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
     "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, federated_quality.summary),
     "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
+    "par-smollm2": Benchmark(ParSmollm2Run, _par_smollm2, par_smollm2.summary),
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
