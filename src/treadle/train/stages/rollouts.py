@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from treadle.data.prompts import Example
@@ -13,7 +12,7 @@ from treadle.train.stages.acting import Acting
 from treadle.train.stages.hosting import Hosting, Told, adamw, common_arguments, following, run_to_the_end, with_padding
 from treadle.train.stages.rewards import Reward, Rollout, worth
 from treadle.train.stages.settings import GrpoStage
-from treadle.train.stages.trl import GRPOConfig, GRPOTrainer
+from treadle.train.stages.trl import Dataset, GRPOConfig, GRPOTrainer
 
 
 def train_by_rollouts(

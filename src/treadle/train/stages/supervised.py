@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from treadle.errors import InputError
@@ -11,7 +10,7 @@ from treadle.train.rows import Row
 from treadle.train.stages.acting import Acting
 from treadle.train.stages.hosting import Hosting, Told, adamw, common_arguments, following, run_to_the_end, with_padding
 from treadle.train.stages.settings import SftStage
-from treadle.train.stages.trl import SFTConfig, SFTTrainer
+from treadle.train.stages.trl import Dataset, SFTConfig, SFTTrainer
 
 _IGNORED = -100
 

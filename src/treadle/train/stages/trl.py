@@ -1,4 +1,6 @@
-"""TRL's two trainers and their configurations: its one importer, so that an upgrade is one file's work."""
+"""TRL's two trainers, their configurations and the tables that they read: an upgrade is one file's work."""
+
+from datasets import Dataset
 
 from treadle.errors import UnavailableError
 
@@ -10,4 +12,4 @@ try:
 except ImportError as error:
     raise UnavailableError("TRL is not installed", remedy="pip install 'treadle[rl]'") from error
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = ["Dataset", "GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]
