@@ -33,6 +33,9 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
         systems = list(next(iter(result.accuracy.values())))
         rows = [[name, *(round(found[system], 3) for system in systems)] for name, found in result.accuracy.items()]
         print_table("accuracy on held-out examples", ["after", *systems], rows)
+    for (one, other), floor in ({} if result.regions is None else result.regions.floors).items():
+        if floor.floor <= floor.between:
+            remark(f"{floor.samples} samples do not tell {one} from {other}: raise regions.samples")
     for part in result.passed:
         if part.left_out:
             remark(f"{part.name}: {part.left_out} examples have too long a prompt: raise max_prompt_length")

@@ -7,6 +7,7 @@ from markupsafe import Markup
 from treadle.recipes.stages import StagedAdapter
 from treadle.reports.charts import colours, legend, line_chart
 from treadle.reports.pages import rendered
+from treadle.reports.regions import importance_map, region_map
 from treadle.train.stages.training import Passed
 
 _CURVES: Mapping[str, str] = {
@@ -32,6 +33,8 @@ def stages_page(trained: StagedAdapter) -> str:
             "in_family": trained.adapter.family is not None,
             "figures": figures,
             "overlaps": _overlaps(trained),
+            "regions": None if regions is None else region_map(regions),
+            "importance": [] if regions is None else [(s, importance_map(regions, s)) for s in regions.systems],
             "parts": [
                 {"name": part.name, "parameters": f"{part.parameters:,}", "charts": _charts(part)}
                 for part in result.passed
@@ -49,13 +52,15 @@ def _whole(trained: StagedAdapter) -> int:
     return count.total if trained.result.factors.moves_A else count.lora_B
 
 
-def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str]]:
+def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str, str, int]]:
+    """(a system, another, their overlap, what noise alone leaves, from how many samples)."""
     regions = trained.result.regions
     if regions is None:
         return []
-    names = regions.systems
-    pairs = [(one, other) for place, one in enumerate(names) for other in names[place + 1 :]]
-    return [(one, other, f"{regions.overlap(one, other):.2f}") for one, other in pairs]
+    return [
+        (one, other, f"{floor.between:.2f}", f"{floor.floor:.2f}", floor.samples)
+        for (one, other), floor in regions.floors.items()
+    ]
 
 
 def _charts(part: Passed) -> list[tuple[str, Markup, Markup]]:

@@ -25,7 +25,7 @@ from treadle.errors import ConfigError, InputError
 from treadle.evaluation.answers import Answering, correct
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import trainable_factors
-from treadle.partition.importance import Importance, Score, importance, measure
+from treadle.partition.importance import Measured, Score, measure
 from treadle.partition.regions import Regions
 from treadle.partition.units import Mask
 from treadle.progress import Progress, silent
@@ -341,12 +341,13 @@ def _labelled(progress: Progress, name: str) -> Progress:
 def _regions(run: Run, factors: Factors) -> Regions:
     """What every system selects, from its own samples."""
     partition = run.plan.partition
-    found = {name: _importance(run, factors, name) for name in run.systems}
-    regions = Regions.of(found, theta=partition.theta, facts={"seed": partition.seed, "family": run.family.fingerprint})
+    found = {name: _sums(run, factors, name) for name in run.systems}
+    facts = {"seed": partition.seed, "family": run.family.fingerprint}
+    regions = Regions.measured(found, theta=partition.theta, score=partition.score, facts=facts)
     return partition.control(regions) if partition.control else regions
 
 
-def _importance(run: Run, factors: Factors, system: str) -> Importance:
+def _sums(run: Run, factors: Factors, system: str) -> Measured:
     partition = run.plan.partition
     assert partition.granularity != "none"
     rows = run.rows(system, SftStage())
@@ -361,7 +362,7 @@ def _importance(run: Run, factors: Factors, system: str) -> Importance:
         others_acting(run.model, factors, all_ranks(factors)),
         trainable_factors(run.model, factors.lora_A, folded, train_A=moving, train_B=names) as (lora_A, lora_B),
     ):
-        measured = measure(
+        return measure(
             lambda places: mean_losses(run.model, [(rows[i].prompt, rows[i].target) for i in places]).sum(),
             batches,
             lora_A=lora_A,
@@ -369,4 +370,3 @@ def _importance(run: Run, factors: Factors, system: str) -> Importance:
             granularity=partition.granularity,
             progress=_labelled(run.progress, system),
         )
-    return importance(measured, partition.score)
