@@ -10,6 +10,7 @@ import typer
 
 from treadle.cli.app import app
 from treadle.configs.audit import AuditRun
+from treadle.configs.classify import ClassifyRun
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNS: dict[str, type[RunConfig]] = {
     "audit": AuditRun,
+    "classify": ClassifyRun,
     "plan": PlanRun,
     "family": FamilyRun,
     "eval": EvaluateRun,
@@ -70,7 +72,7 @@ def test_every_shown_run_is_sound(title: str, text: str) -> None:
 
 
 def test_runs_are_shown() -> None:
-    assert {"audit", "plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {
+    assert {"audit", "classify", "plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {
         title for title, _ in shown_runs()
     }
 

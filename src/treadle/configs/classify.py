@@ -28,6 +28,8 @@ class ClassifiedData(RunConfig):
         source: a file, or a name, as `treadle.data.sources.read_rows` takes it.
         question: template of what is asked, such as "{question}".
         answer: template of the reference answer; needed where a prompt template shows it.
+        truth: the column of the right labels, where they are known: names of systems. Nobody votes by it; the summary
+            says how often voters, labels, and panels of voters are right.
         split: of a `datasets` source.
         limit: rows at most, the first ones.
         name: what the data are called in the summary; without it the file's or data set's own name.
@@ -36,6 +38,7 @@ class ClassifiedData(RunConfig):
     source: str
     question: str
     answer: str | None = None
+    truth: str | None = None
     split: str | None = None
     limit: int | None = Field(default=None, ge=1)
     name: str | None = None

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from treadle import files
 from treadle.configs.classify import ClassifyRun
-from treadle.data.prompts import Row, fill
+from treadle.data.prompts import Row, fill, value_of
 from treadle.data.sources import read_rows
 from treadle.data.voting import Kappa, Verdict, decide, fleiss_kappa
 from treadle.errors import FormatError, InputError
 from treadle.evaluation.voters import Ballots, Poll, Question, Vote, prepared
 from treadle.progress import Progress, silent
+from treadle.recipes.voter_accuracy import VoterAccuracy, voter_accuracy
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Classified:
         kappa: how far the voters agree beyond chance; None for a single voter.
         ballots: voter → votes, cost and remarks.
         verdicts: one a row.
+        accuracy: where the right labels are known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Classified:
     kappa: Kappa | None
     ballots: dict[str, Ballots]
     verdicts: tuple[Verdict, ...]
+    accuracy: VoterAccuracy | None = None
 
     def votes_on(self, index: int) -> dict[str, Vote]:
         """Voter → vote on row `index`, from 0."""
@@ -67,6 +70,7 @@ class Classified:
             "counts": self.counts,
             "undecided": list(self.undecided),
             "kappa": None if self.kappa is None else asdict(self.kappa),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_json(),
             "voters": {name: self._voter(name) for name in self.ballots},
             "disagreements": [
                 {
@@ -113,9 +117,10 @@ def classify(config: ClassifyRun, progress: Progress = silent) -> Classified:
     _check_out(config)
     rows = read_rows(config.data.source, split=config.data.split, limit=config.data.limit)
     poll = _poll(config, rows)
+    truth = _truth(config, rows)
     voters = {settings.name: prepared(settings, poll) for settings in config.voters}
     ballots = {name: vote(progress) for name, vote in voters.items()}
-    found = _counted(config, ballots)
+    found = _counted(config, ballots, truth)
     _check_verdicts(config, found)
     files.write_bytes(config.out, _labelled(config, rows, found))
     files.write_json(config.summary, found.to_json())
@@ -153,20 +158,38 @@ def _columns(config: ClassifyRun) -> tuple[str, str, str]:
     return config.label_field, f"{config.label_field}_votes", f"{config.label_field}_agreement"
 
 
-def _counted(config: ClassifyRun, ballots: dict[str, Ballots]) -> Classified:
+def _truth(config: ClassifyRun, rows: Sequence[Row]) -> tuple[str, ...] | None:
+    """The right labels, where the run names their column."""
+    column, systems = config.data.truth, config.rule.systems
+    if column is None:
+        return None
+    truth = tuple(value_of(row, column, where=f"{config.data.source}, row {i + 1}") for i, row in enumerate(rows))
+    for i, label in enumerate(truth):
+        if label not in systems:
+            raise InputError(
+                f"the truth {label!r} is none of {', '.join(systems)}",
+                where=f"{config.data.source}, row {i + 1}",
+                remedy="mend the row, or take data.truth out",
+            )
+    return truth
+
+
+def _counted(config: ClassifyRun, ballots: dict[str, Ballots], truth: tuple[str, ...] | None) -> Classified:
     votes = [[vote.system for vote in row] for row in zip(*(b.votes for b in ballots.values()), strict=True)]
     rule = config.rule
     verdicts = tuple(decide(row, rule) for row in votes)
-    labels = Counter(verdict.system for verdict in verdicts)
+    found = [verdict.system for verdict in verdicts]
+    by_voter = {name: [vote.system for vote in cast.votes] for name, cast in ballots.items()}
     return Classified(
         _name(config),
         config.out,
         len(votes),
-        {system: labels[system] for system in rule.systems},
+        {system: found.count(system) for system in rule.systems},
         tuple(index + 1 for index, verdict in enumerate(verdicts) if verdict.system is None),
         fleiss_kappa(votes, rule.systems) if len(ballots) > 1 else None,
         ballots,
         verdicts,
+        None if truth is None else voter_accuracy(found, by_voter, truth, rule.systems),
     )
 
 

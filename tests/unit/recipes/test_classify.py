@@ -4,9 +4,8 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +106,21 @@ def test_the_summary_says_who_agreed_and_lists_every_disagreement(root: Path) ->
     assert str(root) not in json.dumps(summary)
 
 
+def test_where_the_truth_is_known_the_summary_says_who_is_right(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "truth": "system1" if i <= 3 else "system2"} for i, row in enumerate(lines(root / "rows.jsonl"))]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config(root, RUN.replace("[data]", '[data]\ntruth = "truth"'))
+    with pytest.raises(SystemExit):
+        main(["classify", str(root / "run.toml")])
+    assert "panels of 3: " in capsys.readouterr().out
+    accuracy = json.loads((root / "labelled.summary.json").read_text())["accuracy"]
+    labelled = lines(root / "labelled.jsonl")
+    right = sum(row["system"] == row["truth"] for row in labelled) / 7
+    assert accuracy["voters"]["gold"]["estimate"] == 1.0
+    assert accuracy["voters"]["length"]["estimate"] == pytest.approx(6 / 7)
+    assert accuracy["labels"]["estimate"] == accuracy["panels"]["3"]["mean"] == pytest.approx(right)
+
+
 def test_one_voter_has_no_kappa(root: Path) -> None:
     text = ALONE + '[[voters]]\nkind = "random"\nname = "lots"\nshares = [0.3, 0.7]\n'
     found = classify(config(root, text))
@@ -166,12 +180,17 @@ def test_a_killed_run_keeps_its_answers_and_the_next_asks_what_it_lacks(
 
     chat_server.answer = answer
     config(root, ALONE + ENDPOINT, url=chat_server.url)
-    command = (sys.executable, "-c", "from treadle.cli.app import main; main()", "classify", str(root / "run.toml"))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3] / "src")}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert waiting.wait(120)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the server's holds no lock
+        child = os.fork()
+    if child == 0:
+        try:
+            main(["classify", str(root / "run.toml")])
+        finally:
+            os._exit(1)  # never back into pytest
+    assert waiting.wait(120)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     killed.set()
     assert not (root / "labelled.jsonl").exists()
     kept = [line for file in (root / ".labelled.answers").glob("*.jsonl") for line in lines(file)]
@@ -263,6 +282,16 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
         rows('{"question": "a", "steps": "a", "kind": "guess"}'),
         2,
         "row 1: kind is 'guess', which is none of recall, steps",
+    ),
+    "a truth that is no system": (
+        changed("[data]", '[data]\ntruth = "kind"'),
+        2,
+        "rows.jsonl, row 1: the truth 'recall' is none of system1, system2",
+    ),
+    "a truth that the rows lack": (
+        changed("[data]", '[data]\ntruth = "gospel"'),
+        2,
+        "rows.jsonl, row 1: no field 'gospel'",
     ),
     "too few limits": (changed("thresholds = [2]", "thresholds = [2, 3]"), 2, "2 limits part 3 systems, not 2"),
     "a target that nobody named": (

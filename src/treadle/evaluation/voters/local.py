@@ -1,23 +1,28 @@
 """The voter `local`: a model on this machine, by the likeliest reply or by what it writes."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.data.prompts import Example
 from treadle.errors import UnsupportedError
 from treadle.evaluation.answers import batches, candidate_scores, generated
 from treadle.evaluation.voters.kept import KeptAnswers, digest, kept_answers
-from treadle.evaluation.voters.voter import Ballots, Cost, Poll, Vote, Voter
-from treadle.evaluation.voters.wording import ROLE_PLAY, load_wording, reply_of, vote_in
+from treadle.evaluation.voters.voter import Ballots, Poll, Question, Vote, Voter
+from treadle.evaluation.voters.wording import ROLE_PLAY, Wording, load_wording, reply_of, vote_in
 from treadle.files import read_json
 from treadle.models.identity import identify_folder
 from treadle.models.loading import is_causal, load_model, load_tokenizer, model_folder
 from treadle.progress import Progress
+
+_NOTHING = ("N/A", "[MASK]", "")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class LocalVoter:
         name: the voter's.
         model: catalogue name, folder or hub id.
         template: a shipped template's name, or a file.
-        by: "likelihood", the likeliest of the replies that name a system, or "generation".
+        by: "likelihood", the likeliest of the replies that name a system; "calibrated", the same after its likelihood
+            without a question is taken off; or "generation".
         answer_tokens: that a generated reply may have.
         batch_tokens: prompt tokens of one batch, padding included.
         device: "auto", "cpu", "cuda", …
@@ -38,7 +44,7 @@ class LocalVoter:
     name: str
     model: str
     template: str = ROLE_PLAY
-    by: Literal["likelihood", "generation"] = "likelihood"
+    by: Literal["likelihood", "calibrated", "generation"] = "likelihood"
     answer_tokens: int = 64
     batch_tokens: int = 2048
     device: str = "auto"
@@ -56,7 +62,11 @@ def local_voter(settings: LocalVoter, poll: Poll) -> Voter:
     """The model's votes. The prompt is a chat where the model's tokenizer has a template for chats, else plain text.
 
     Likelihoods are of whole replies, log p summed over their tokens: {"system": "system1"} against
-    {"system": "system2"}.
+    {"system": "system2"}. Small models say one of them to almost everything; calibrated, log p of each reply is
+    compared with the log of its mean probability after the same prompt with "N/A", "[MASK]" and nothing for a question.
+
+    Reference:
+        Calibrate Before Use, arXiv 2102.09690 §5: contextual calibration by content-free inputs.
 
     Raises:
         ConfigError: the template does not fit.
@@ -73,7 +83,8 @@ def local_voter(settings: LocalVoter, poll: Poll) -> Voter:
     tokenizer = load_tokenizer(str(folder))
     prompts = [_prompt(tokenizer, wording.messages(poll, index), settings) for index in range(len(poll.rows))]
     replies = tuple(reply_of(name) for name in poll.names)
-    form = [*replies] if settings.by == "likelihood" else settings.answer_tokens
+    bare = [_prompt(tokenizer, m, settings) for m in _without_question(wording, poll)]
+    form = settings.answer_tokens if settings.by == "generation" else [*replies]
     asked = [digest({"prompt": prompt}) for prompt in prompts]
     room = _room(folder, tokenizer, settings, replies)
     too_long = {key for key, prompt in zip(asked, prompts, strict=True) if len(tokenizer(prompt)["input_ids"]) > room}
@@ -81,6 +92,7 @@ def local_voter(settings: LocalVoter, poll: Poll) -> Voter:
     def cast(progress: Progress) -> Ballots:
         progress(f"opening {settings.model}", 0, 0)
         identity = {"model": identify_folder(folder, settings.model).sha256, "by": settings.by, "form": form}
+        identity |= {"bare": bare} if settings.by == "calibrated" else {}
         with kept_answers(poll.cache, identity, voter=settings.name) as kept:
             lacking = {
                 key: prompt
@@ -90,7 +102,12 @@ def local_voter(settings: LocalVoter, poll: Poll) -> Voter:
             found = sum(kept.answer(key) is not None for key in asked)
             if lacking:
                 model = load_model(str(folder), device=settings.device)
-                _ask(settings, (model, tokenizer), lacking, replies, kept, progress)
+                prior = torch.zeros(len(replies))
+                if settings.by == "calibrated":
+                    without = [Example(prompt, "", candidates=replies) for prompt in bare]
+                    prior = candidate_scores(model, tokenizer, without).softmax(1).mean(0).log().cpu()
+                asking = _Asking(settings, model, tokenizer, replies, prior)
+                asking.all(lacking, kept, progress)
             votes = tuple(
                 Vote(None, "its prompt is too long for the model")
                 if key in too_long
@@ -98,16 +115,23 @@ def local_voter(settings: LocalVoter, poll: Poll) -> Voter:
                 for key in asked
             )
             cost = kept.cost
-        return Ballots(votes, Cost(cost.requests, cost.prompt_tokens, cost.completion_tokens, found))
+        return Ballots(votes, replace(cost, kept=found))
 
     return cast
+
+
+def _without_question(wording: Wording, poll: Poll) -> list[list[dict[str, str]]]:
+    """The messages about questions that say nothing."""
+    questions = [Question(text, text) for text in _NOTHING]
+    nothing = replace(poll, questions=questions)
+    return [wording.messages(nothing, index) for index in range(len(questions))]
 
 
 def _room(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: LocalVoter, replies: Sequence[str]) -> int:
     """How many tokens a prompt may have."""
     positions = read_json(folder / "config.json").get("max_position_embeddings")
     longest = max(len(tokenizer(reply)["input_ids"]) for reply in replies)
-    written = longest if settings.by == "likelihood" else settings.answer_tokens
+    written = settings.answer_tokens if settings.by == "generation" else longest
     return (positions if isinstance(positions, int) else sys.maxsize) - written
 
 
@@ -128,28 +152,31 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
     return text.removeprefix(str(begin)) if doubled else text
 
 
-def _ask(
-    settings: LocalVoter,
-    asked: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    prompts: dict[str, str],
-    replies: tuple[str, ...],
-    kept: KeptAnswers,
-    progress: Progress,
-) -> None:
-    """Keep the reply to each prompt, batch by batch."""
-    model, tokenizer = asked
-    keys = list(prompts)
-    examples = [Example(prompts[key], "", candidates=replies) for key in keys]
-    done = 0
-    for places in batches(tokenizer, examples, settings.batch_tokens):
-        group = [examples[i] for i in places]
-        if settings.by == "likelihood":
-            scores = candidate_scores(model, tokenizer, group)
-            answers = [replies[int(best)] for best in scores.argmax(1)]
-        else:
-            answers = generated(model, tokenizer, group, settings.answer_tokens)
-        for place, answer in zip(places, answers, strict=True):
-            read, written = (len(tokenizer(text)["input_ids"]) for text in (prompts[keys[place]], answer))
-            kept.add(keys[place], answer, (read, written))
-        done += len(places)
-        progress(f"asking {settings.name}", done, len(keys))
+@dataclass(frozen=True)
+class _Asking:
+    """A loaded model, the replies to choose among, and what their log p is compared with."""
+
+    settings: LocalVoter
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    replies: tuple[str, ...]
+    prior: Float[Tensor, " systems"]
+
+    def all(self, prompts: Mapping[str, str], kept: KeptAnswers, progress: Progress) -> None:
+        """Keep the reply to each prompt, batch by batch."""
+        keys = list(prompts)
+        examples = [Example(prompts[key], "", candidates=self.replies) for key in keys]
+        done = 0
+        for places in batches(self.tokenizer, examples, self.settings.batch_tokens):
+            answers = self._answers([examples[place] for place in places])
+            for place, answer in zip(places, answers, strict=True):
+                read, written = (len(self.tokenizer(text)["input_ids"]) for text in (prompts[keys[place]], answer))
+                kept.add(keys[place], answer, (read, written))
+            done += len(places)
+            progress(f"asking {self.settings.name}", done, len(keys))
+
+    def _answers(self, examples: Sequence[Example]) -> list[str]:
+        if self.settings.by == "generation":
+            return generated(self.model, self.tokenizer, examples, self.settings.answer_tokens)
+        scores = candidate_scores(self.model, self.tokenizer, examples).cpu() - self.prior
+        return [self.replies[int(best)] for best in scores.argmax(1)]

@@ -48,15 +48,16 @@ def words(poll: Poll) -> Poll:
     return replace(poll, questions=[replace(q, question=t) for q, t in zip(poll.questions, texts, strict=True)])
 
 
-def likeliest(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """The system whose whole reply has the largest summed log p: one prompt, one reply, no padding, no cache."""
+def log_likelihood(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, name: str) -> float:
+    """Summed log p of the whole reply that names the system: one prompt, one reply, no padding, no cache."""
     head = tokenizer(prompt)["input_ids"]
-    scores: dict[str, float] = {}
-    for name in NAMES:
-        tail = tokenizer(f'{{"system": "{name}"}}', add_special_tokens=False)["input_ids"]
-        logits = model(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
-        scores[name] = sum(float(logits[len(head) + i - 1, token]) for i, token in enumerate(tail))
-    return max(scores, key=lambda name: scores[name])
+    tail = tokenizer(f'{{"system": "{name}"}}', add_special_tokens=False)["input_ids"]
+    logits = model(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(head) + i - 1, token]) for i, token in enumerate(tail))
+
+
+def likeliest(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+    return max(NAMES, key=lambda name: log_likelihood(model, tokenizer, prompt, name))
 
 
 def test_the_likeliest_reply_is_the_vote(
@@ -72,6 +73,23 @@ def test_the_likeliest_reply_is_the_vote(
     assert [vote.system for vote in found.votes] == expected
     assert set(expected) == set(NAMES)
     assert (found.cost.requests, found.cost.kept) == (7, 0)
+
+
+def test_calibrated_votes_take_off_what_is_said_without_a_question(
+    base: Path, poll: Polls, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    asked = words(poll(7))
+    named = tuple(replace(system, name=name) for system, name in zip(asked.systems, NAMES, strict=True))
+    found = cast(base, replace(asked, systems=named), by="calibrated")
+
+    def log_p(question: str) -> torch.Tensor:
+        prompt = f"the\n\nquestion : {question} ? answer :\n\n"
+        return torch.tensor([log_likelihood(tiny_llama, tiny_tokenizer, prompt, name) for name in NAMES]).double()
+
+    bare = torch.stack([log_p(text).softmax(0) for text in ("N/A", "[MASK]", "")]).mean(0).log()
+    expected = [NAMES[int((log_p(q.question) - bare).argmax())] for q in asked.questions]
+    assert [vote.system for vote in found.votes] == expected
+    assert set(expected) == set(NAMES)
 
 
 def test_kept_answers_are_not_asked_again(base: Path, poll: Polls, monkeypatch: pytest.MonkeyPatch) -> None:
