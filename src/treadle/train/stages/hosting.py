@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from treadle.errors import TreadleError
+from treadle.errors import InputError, TreadleError
 from treadle.progress import Progress, silent
 from treadle.train.stages.acting import Acting
 from treadle.train.stages.settings import Stage
@@ -189,11 +189,11 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedToken
     """A block in which the tokenizer pads, with its end of sequence if it has no token for it; then it is as before.
 
     Raises:
-        TreadleError: it has neither.
+        InputError: it has neither.
     """
     before = tokenizer.pad_token
     if before is None and tokenizer.eos_token is None:
-        raise TreadleError(
+        raise InputError(
             "the tokenizer has neither a token for padding nor one for the end", remedy="give it an eos_token"
         )
     try:

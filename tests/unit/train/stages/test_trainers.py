@@ -168,6 +168,14 @@ def test_a_tokenizer_without_padding_or_beginning_is_used_and_left_as_it_was(
     assert bare.pad_token is None
 
 
+def test_a_tokenizer_that_cannot_end_is_refused(
+    world: SimpleNamespace, folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    world.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, unk_token="<unk>")
+    with pytest.raises(InputError, match="neither a token for padding nor one for the end"):
+        ours(world, GRPO, Hosting(folder))
+
+
 def rewarded(world: SimpleNamespace, folder: Path, reward: Reward) -> Told:
     factors = started(world.model, world.family, "zero", moves_A=False)
     stage = GrpoStage(rewards={"ours": 1.0}, steps=2, group=2, prompts=1, max_completion_length=2)
