@@ -107,7 +107,7 @@ def measure(
     Only one batch's gradients by sample exist at a time (at rank granularity only their (samples, rank) sums), and two
     float64 sums a block. float64, because g is the small mean of large terms of either sign: in float32 some hundred
     terms leave an error of 1e-5 of their size, which is 1e-3 of a mean a hundred times smaller; and because squares of
-    gradients below 1e-19 are 0 in float32. Nothing is accumulated in any `.grad`; the model must drop nothing out.
+    gradients below 1e-23 are 0 in float32. Nothing is accumulated in any `.grad`; the model must drop nothing out.
 
     Args:
         loss: of some samples.

@@ -12,7 +12,7 @@ from treadle.train.stages.acting import Acting
 from treadle.train.stages.hosting import Hosting, Told, adamw, common_arguments, following, run_to_the_end, with_padding
 from treadle.train.stages.rewards import Reward, Rollout, worth
 from treadle.train.stages.settings import GrpoStage
-from treadle.train.stages.trl import Dataset, GRPOConfig, GRPOTrainer
+from treadle.train.stages.trl import Dataset, GRPOConfig, GRPOTrainer, untold
 
 
 def train_by_rollouts(
@@ -48,7 +48,7 @@ def train_by_rollouts(
     whole = stage.prompts * stage.group
     micro = stage.micro_batch or whole
     names = list(stage.rewards)
-    with with_padding(tokenizer):
+    with with_padding(tokenizer), untold():
         trainer = GRPOTrainer(
             model=acting.model,
             reward_funcs=cast("Any", [_for_trl(name, rewards[name], examples, stage) for name in names]),

@@ -10,7 +10,7 @@ from treadle.train.rows import Row
 from treadle.train.stages.acting import Acting
 from treadle.train.stages.hosting import Hosting, Told, adamw, common_arguments, following, run_to_the_end, with_padding
 from treadle.train.stages.settings import SftStage
-from treadle.train.stages.trl import Dataset, SFTConfig, SFTTrainer
+from treadle.train.stages.trl import Dataset, SFTConfig, SFTTrainer, untold
 
 _IGNORED = -100
 
@@ -48,7 +48,7 @@ def train_supervised(
         for row in rows
     ]
     told = Told()
-    with with_padding(tokenizer):
+    with with_padding(tokenizer), untold():
         trainer = SFTTrainer(
             model=acting.model,
             args=SFTConfig(

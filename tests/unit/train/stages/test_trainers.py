@@ -1,11 +1,14 @@
 """TRL's trainers as hosts: their own trajectory where all is trained, and runs that go on where they were killed."""
 
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -174,6 +177,27 @@ def test_a_tokenizer_that_cannot_end_is_refused(
     world.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, unk_token="<unk>")
     with pytest.raises(InputError, match="neither a token for padding nor one for the end"):
         ours(world, GRPO, Hosting(folder))
+
+
+@pytest.mark.parametrize("stage", [SFT, GRPO], ids=["sft", "grpo"])
+def test_nothing_calls_home(
+    world: SimpleNamespace, folder: Path, stage: SftStage | GrpoStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: told.append("a ping"))
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", Queue())
+    ours(world, stage, Hosting(folder))
+    assert told == []
+    assert not constants.HF_HUB_DISABLE_TELEMETRY  # what the user has set is theirs
+    SFTTrainer(
+        model=world.model,
+        args=SFTConfig(output_dir=str(folder), **COMMON),
+        train_dataset=Dataset.from_list([{"input_ids": [5, 6]}]),
+        processing_class=world.tokenizer,
+    )
+    assert told == ["a ping"]  # TRL by itself would
 
 
 def rewarded(world: SimpleNamespace, folder: Path, reward: Reward) -> Told:
