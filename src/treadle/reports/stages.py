@@ -22,7 +22,7 @@ def stages_page(trained: StagedAdapter) -> str:
     result, regions = trained.result, trained.result.regions
     moments = list(result.accuracy)
     systems = list(result.accuracy[moments[0]]) if moments else []
-    figures = {"stages": len(result.passed), "parameters": f"{_whole(trained):,}"}
+    figures = {"parts of the run": len(result.passed), "parameters": f"{_whole(trained):,}"}
     if regions is not None:
         figures |= {f"selected by {name}": f"{regions.selected[name].share:.0%}" for name in regions.systems}
         figures["shared"] = f"{regions.shared.share:.0%}"
@@ -63,19 +63,20 @@ def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str, str, int]]:
     ]
 
 
-def _charts(part: Passed) -> list[tuple[str, Markup, Markup]]:
-    """A chart a metric that the part has, and one of accuracy where it was measured on the way."""
-    found: list[tuple[str, Markup, Markup]] = []
+def _charts(part: Passed) -> list[tuple[Markup, Markup]]:
+    """(chart, key): one a metric that the part has, and one of accuracy where it was measured on the way."""
+    found: list[tuple[Markup, Markup]] = []
     for name, label in _CURVES.items():
         values = [record.values[name] for record in part.records if name in record.values]
         if values and not (name == "loss" and any("reward" in record.values for record in part.records)):
-            found.append((label, _chart({name: values}, label), Markup("")))
+            found.append((_chart({name: values}, label, "step"), Markup("")))
     looks = [record.values for record in part.records if any(key.startswith("accuracy/") for key in record.values)]
     if len(looks) > 1:
         lines = {key.removeprefix("accuracy/"): [look[key] for look in looks] for key in looks[0]}
-        found.append(("accuracy on held-out examples", _chart(lines, "accuracy"), legend(colours(list(lines)))))
+        label = "accuracy on held-out examples"
+        found.append((_chart(lines, label, "measurement"), legend(colours(list(lines)))))
     return found
 
 
-def _chart(lines: Mapping[str, list[float]], label: str) -> Markup:
-    return line_chart(lines, colours(list(lines)), title=label, x_label="step", y_label=label)
+def _chart(lines: Mapping[str, list[float]], label: str, x_label: str) -> Markup:
+    return line_chart(lines, colours(list(lines)), title=label, x_label=x_label, y_label=label)
