@@ -1,5 +1,6 @@
 """What the TOML says of a voter behind an endpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -56,8 +57,12 @@ class EndpointVoter:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked, without repeating what may hold a secret."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # it quotes the port, which may be a password
+            raise ValueError("url is no address") from None
+        if not whole:
             raise ValueError("url must begin with http:// or https:// and a host")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("url must hold no user, password, query or fragment; name a key's variable in api_key_env")
@@ -67,9 +72,9 @@ class EndpointVoter:
         positive = ("timeout", "attempts", "longest_wait", "requests_per_minute", "request_limit", "token_limit")
         for key in (*positive, "parallel"):
             value: float | None = getattr(self, key)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{key} is {value}; it must be above 0")
-        if self.backoff < 0:
+        if not 0 <= self.backoff < math.inf:
             raise ValueError(f"backoff is {self.backoff}; it must not be negative")
 
     @property

@@ -92,6 +92,7 @@ def local_voter(settings: LocalVoter, poll: Poll) -> Voter:
     def cast(progress: Progress) -> Ballots:
         progress(f"opening {settings.model}", 0, 0)
         identity = {"model": identify_folder(folder, settings.model).sha256, "by": settings.by, "form": form}
+        identity |= {"template": [wording.system, wording.user], "target": poll.target}
         identity |= {"bare": bare} if settings.by == "calibrated" else {}
         with kept_answers(poll.cache, identity, voter=settings.name) as kept:
             lacking = {

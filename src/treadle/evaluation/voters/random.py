@@ -29,7 +29,8 @@ class RandomVoter:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be shares."""
-        if self.shares is not None and (min(self.shares, default=-1.0) < 0.0 or abs(sum(self.shares) - 1.0) > 1e-9):
+        shares = self.shares
+        if shares is not None and not (min(shares, default=-1.0) >= 0.0 and abs(sum(shares) - 1.0) <= 1e-9):
             raise ValueError("shares must be 0 or more and add up to 1")
 
 

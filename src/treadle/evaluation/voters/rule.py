@@ -1,5 +1,6 @@
 """The voter `rule`: the length of the reference reasoning decides."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -40,8 +41,8 @@ class RuleVoter:
         if (self.thresholds is None) == (self.quantiles is None):
             raise ValueError("give either thresholds or quantiles")
         limits = self.thresholds if self.thresholds is not None else self.quantiles or ()
-        if list(limits) != sorted(set(limits)):
-            raise ValueError("the limits must ascend")
+        if list(limits) != sorted(set(limits)) or not all(map(math.isfinite, limits)):
+            raise ValueError("the limits must be numbers that ascend")
         if self.quantiles is not None and not all(0.0 < share < 1.0 for share in self.quantiles):
             raise ValueError("quantiles must lie between 0 and 1")
         if (self.unit == "tokens") != (self.tokenizer is not None):

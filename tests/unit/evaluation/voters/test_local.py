@@ -99,6 +99,14 @@ def test_kept_answers_are_not_asked_again(base: Path, poll: Polls, monkeypatch: 
     assert (again.votes, again.cost.kept) == (first.votes, 3)
 
 
+def test_each_template_has_its_own_answers_and_costs(base: Path, poll: Polls) -> None:
+    (base.parent / "other.toml").write_text('user = "a {question}"')
+    first = cast(base, poll(3))
+    other = prepared(replace(voter(base), template=str(base.parent / "other.toml")), poll(3))(silent)
+    assert (first.cost.requests, other.cost.requests, other.cost.kept) == (3, 3, 0)
+    assert other.cost.prompt_tokens < first.cost.prompt_tokens
+
+
 def test_a_run_that_was_cut_short_goes_on(base: Path, poll: Polls, monkeypatch: pytest.MonkeyPatch) -> None:
     from treadle.evaluation.voters import local
 

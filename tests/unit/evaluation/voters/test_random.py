@@ -30,7 +30,7 @@ def test_the_order_of_rows_does_not_tell_the_label(poll: Callable[[int], Poll]) 
 
 
 def test_what_are_no_shares_is_refused(poll: Callable[[int], Poll]) -> None:
-    for wrong in ((0.5, 0.6), (-0.5, 1.5), ()):
+    for wrong in ((0.5, 0.6), (-0.5, 1.5), (float("nan"), 0.5), ()):
         with pytest.raises(ValueError, match="add up to 1"):
             RandomVoter("random", "lots", shares=wrong)
     with pytest.raises(ConfigError, match="voter 'lots': 3 shares for 2 systems"):

@@ -59,7 +59,8 @@ def test_rules_that_say_nothing_are_refused(poll: Callable[[int], Poll]) -> None
     for wrong, said in [
         ({}, "either thresholds or quantiles"),
         ({"thresholds": (1.0,), "quantiles": (0.5,)}, "either thresholds or quantiles"),
-        ({"thresholds": (3.0, 2.0)}, "must ascend"),
+        ({"thresholds": (3.0, 2.0)}, "numbers that ascend"),
+        ({"thresholds": (float("nan"),)}, "numbers that ascend"),
         ({"quantiles": (1.0,)}, "between 0 and 1"),
         ({"thresholds": (1.0,), "unit": "tokens"}, "belong together"),
         ({"thresholds": (1.0,), "tokenizer": "x"}, "belong together"),
