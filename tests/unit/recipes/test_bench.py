@@ -1,6 +1,7 @@
 """The benchmarks' bookkeeping: figures from runs, goals that can be missed, runs that survive a crash."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from treadle.data.tasks import load_task
 from treadle.errors import InputError
 from treadle.recipes.bench import BENCHMARKS, run_benchmark
 from treadle.recipes.bench.demo_quality import demo_quality, quick_demo_quality, summary
-from treadle.recipes.bench.result import Metric, finished_runs, record_run
+from treadle.recipes.bench.result import BenchmarkResult, Metric, finished_runs, record_run
 from treadle.recipes.bench.routing_exactness import brute_force, routing_exactness
 from treadle.recipes.demo import demo
 from treadle.recipes.fleet import grow_fleet
@@ -215,3 +216,12 @@ def test_the_demo_goes_from_plan_to_table_and_a_second_run_keeps_it(base: str, t
     assert second.fingerprint == first.fingerprint
     assert second.losses == first.losses
     assert second.evaluation.rows == first.evaluation.rows
+
+
+def test_what_was_not_measured_is_null() -> None:
+    found = BenchmarkResult(
+        "some", "a CPU", "", {}, {"gain": Metric(math.nan, "1", ">= 0")}, [{"low": math.nan, "n": 0}]
+    )
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told["metrics"]["gain"]["value"] is None
+    assert told["rows"] == [{"low": None, "n": 0}]

@@ -58,15 +58,19 @@ class BenchmarkResult:
         return replace(self, metrics={name: metric.undecided() for name, metric in self.metrics.items()})
 
     def to_json(self) -> dict[str, object]:
-        """The result as plain JSON values."""
+        """The result as plain JSON values; null where nothing was measured, since JSON has no NaN."""
         return {
             "name": self.name,
             "device": self.device,
             "commit": self.commit,
             "settings": dict(self.settings),
-            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
-            "rows": [dict(row) for row in self.rows],
+            "metrics": {name: _told(asdict(metric)) for name, metric in self.metrics.items()},
+            "rows": [_told(row) for row in self.rows],
         }
+
+
+def _told(row: Mapping[str, object]) -> dict[str, object]:
+    return {name: None if value != value else value for name, value in row.items()}  # only NaN is not itself
 
 
 def device_name() -> str:
