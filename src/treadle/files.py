@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -58,6 +59,7 @@ def append_line(path: Path, line: bytes) -> None:
     try:
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # a file may show a line that is only begun: it grows page by page
             size = os.lseek(handle, 0, os.SEEK_END)
             if size > 0 and os.pread(handle, 1, size - 1) != b"\n":  # an earlier writer ran out of space
                 content = b"\n" + content

@@ -1,8 +1,10 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import fcntl
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,21 @@ def test_appended_lines_are_whole_even_behind_one_that_was_cut_off(tmp_path: Pat
     path.write_bytes(b'one\n{"ha')  # a full disk, once
     files.append_line(path, b"three")
     assert path.read_bytes() == b'one\n{"ha\nthree\n'
+
+
+def test_a_line_waits_for_another_that_is_only_begun(tmp_path: Path) -> None:
+    """A file grows page by page: what has its end in the middle of a line is being written, not cut off."""
+    path = tmp_path / "log.jsonl"
+    with path.open("ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b"be")
+        thread = threading.Thread(target=files.append_line, args=(path, b"mine"))
+        thread.start()
+        thread.join(timeout=0.2)
+        assert path.read_bytes() == b"be"
+        other.write(b"gun\n")
+    thread.join()
+    assert path.read_bytes() == b"begun\nmine\n"
 
 
 def test_a_line_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
