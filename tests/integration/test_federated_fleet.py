@@ -33,8 +33,8 @@ PROMPTS = {
 }
 LABELS = {"signs": ("good", "bad"), "films": ("yes", "no"), "counts": ("positive", "negative")}
 # The noise is never seeded, so the rows must drown it: a batch of 40 of 120 sent prompts astray in one run of ten.
-ROWS = 900
-WORK = "rounds = 2\nlocal_steps = 4\nexpected_batch = 300\nlearning_rate = 4.0"
+ROWS = 600
+WORK = "rounds = 2\nlocal_steps = 4\nexpected_batch = 200\nlearning_rate = 4.0"
 PUBLIC = "who where when a colour of the answer ( not bad ) is : 1 2 3 + 4 = n o p q r s t u v x y z w41 w42 w43 w44"
 
 BUILD = """
