@@ -202,9 +202,7 @@ def _provenance(config: StagesRun, family: AdapterFamily, systems: Mapping[str, 
     """Settings of regions and stages, and which data; no loss, reward or count, which are facts about the data."""
     settings: dict[str, str | int | float | bool | None] = dict(_partition(config.regions).decisive())
     for number, assigned in enumerate(_assigned(config.stages), 1):
-        for key, value in assigned.stage.decisive().items():
-            settings[f"stage-{number}.{key}"] = value
-        settings |= {f"stage-{number}.system": assigned.system, f"stage-{number}.share": assigned.share}
+        settings |= assigned.decisive(number)
     if result.factors.moves_A:
         settings["left_family"] = family.fingerprint
     examples = [example for system in systems.values() for example in system.examples]

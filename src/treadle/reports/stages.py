@@ -22,7 +22,7 @@ def stages_page(trained: StagedAdapter) -> str:
     result, regions = trained.result, trained.result.regions
     moments = list(result.accuracy)
     systems = list(result.accuracy[moments[0]]) if moments else []
-    figures = {"parts of the run": len(result.passed), "parameters": f"{_whole(trained):,}"}
+    figures = {"parts of the run": len(result.passed), "parameters": f"{result.factors.trainable:,}"}
     if regions is not None:
         figures |= {f"selected by {name}": f"{regions.selected[name].share:.0%}" for name in regions.systems}
         figures["shared"] = f"{regions.shared.share:.0%}"
@@ -45,11 +45,6 @@ def stages_page(trained: StagedAdapter) -> str:
             "facts": dict(trained.adapter.provenance.settings),
         },
     )
-
-
-def _whole(trained: StagedAdapter) -> int:
-    count = trained.result.factors.plan.count()
-    return count.total if trained.result.factors.moves_A else count.lora_B
 
 
 def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str, str, int]]:

@@ -125,8 +125,6 @@ def _of_trial(stage: Stage, trial: Trial) -> Stage:
 def _measures(made: Staged) -> dict[str, object]:
     """Accuracy by system at the end and after the first stage, the ends of the rewards, and what was trained."""
     moments = list(made.accuracy.values())
-    count = made.factors.plan.count()
-    whole = count.total if made.factors.moves_A else count.lora_B
     stages = [part for part in made.passed if part.name != WARM_UP]
     rewards = [record.values["reward"] for part in stages for record in part.records if "reward" in record.values]
     return {
@@ -135,7 +133,7 @@ def _measures(made: Staged) -> dict[str, object]:
         "accuracy": fmean(moments[-1].values()),
         "reward_first": fmean(rewards[:_ENDS]) if rewards else None,
         "reward_last": fmean(rewards[-_ENDS:]) if rewards else None,
-        "active": [round(part.parameters / whole, 4) for part in stages],
+        "active": [round(part.parameters / made.factors.trainable, 4) for part in stages],
         "parameters": [part.parameters for part in stages],
     }
 

@@ -38,6 +38,12 @@ class Factors:
         """alpha/r of the module."""
         return self.plan.modules[module].scaling
 
+    @property
+    def trainable(self) -> int:
+        """How many parameters may be trained: those of B, and of A where it moves."""
+        count = self.plan.count()
+        return count.total if self.moves_A else count.lora_B
+
     def moved(self, lora_A: Mapping[str, Tensor], lora_B: Mapping[str, Tensor]) -> "Factors":
         """The same with other A and B; modules that are not given keep theirs."""
         return replace(self, lora_A={**self.lora_A, **lora_A}, lora_B={**self.lora_B, **lora_B})

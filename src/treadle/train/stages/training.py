@@ -107,6 +107,11 @@ class Assigned:
     stage: Stage
     share: float = 1.0
 
+    def decisive(self, number: int) -> dict[str, str | int | float | bool | None]:
+        """What the stage is told, by name, as the run's stage of that number."""
+        told = {**self.stage.decisive(), "system": self.system, "share": self.share}
+        return {f"stage-{number}.{name}": value for name, value in told.items()}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -215,8 +220,7 @@ def train_in_stages(run: Run) -> Staged:
     regions = _regions(run, factors) if partition.granularity != "none" else None
     for number, assigned in enumerate(run.plan.stages, 1):
         name = f"stage-{number}"
-        facts = {**facts, **{f"{name}.{key}": value for key, value in assigned.stage.decisive().items()}}
-        facts |= {f"{name}.system": assigned.system, f"{name}.share": assigned.share}
+        facts = facts | assigned.decisive(number)
         region = regions.active(assigned.system, assigned.share) if regions else None
         factors, told = _part(run, first, factors, region, (name, assigned.stage, assigned.system), facts)
         passed.append(told)
@@ -265,19 +269,20 @@ def _part(
     """The factors after one part of the run, from disk if it was done before."""
     name, stage, _ = task
     path = run.folder / f"{name}.safetensors"
-    found, left_out, parameters = kept(path, first, facts), 0, 0
-    with acting(run.model, factors, _ranks(factors, region)) as now:
-        moving = [p for p in now.model.parameters() if p.requires_grad]
-        parameters = region.parameters if region is not None else sum(p.numel() for p in moving)
-        if found is None:
-            hosting = Hosting(
-                run.folder / name, _SAVE_STEPS, _look(run), run.plan.look_steps, _labelled(run.progress, name)
-            )
-            with _optimizer(now, region, stage) as optimizer:
-                records, left_out = _trained(run, now, optimizer, task, hosting)
+    parameters = factors.trainable if region is None else region.parameters
+    found, left_out = kept(path, first, facts), 0
+    if found is None:
+        hosting = Hosting(
+            run.folder / name, _SAVE_STEPS, _look(run), run.plan.look_steps, _labelled(run.progress, name)
+        )
+        with (
+            acting(run.model, factors, _ranks(factors, region)) as now,
+            _optimizer(now, region, stage) as optimizer,
+        ):
+            records, left_out = _trained(run, now, optimizer, task, hosting)
             found = Kept(now.now(), records)
-            keep(path, found, facts)
-            discard(hosting.folder)
+        keep(path, found, facts)
+        discard(hosting.folder)
     return found.factors, Passed(name, found.records, parameters, left_out)
 
 
@@ -316,7 +321,7 @@ def _ranks(factors: Factors, region: Mask | None) -> Mapping[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _optimizer(now: Acting, region: Mask | None, stage: Stage) -> Iterator[torch.optim.Optimizer | None]:
-    """A block in which only the region's elements move; None leaves the Trainer its own optimiser.
+    """A block in which only the region's elements move; None where every parameter that the stage has may move.
 
     Betas, epsilon and kernel are those of the Trainer's AdamW.
     """
