@@ -22,7 +22,7 @@ from treadle.family.peft_format import read_tensors
 FORMAT = "treadle.sft-checkpoint/1"
 FILE = "checkpoint.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_LOST = "delete the folder to start afresh"
+LOST = "delete the folder to start afresh"
 
 Facts = dict[str, str | int | float | bool | None]
 """What a run is: settings, digest of the data, family. Runs with equal facts make the same adapter."""
@@ -70,16 +70,10 @@ class Run:
                 header = json.loads((stream.metadata() or {})["run"])
             facts, losses = dict(header["facts"]), [float(loss) for loss in header["losses"]]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"not a checkpoint ({error})", where=path, remedy=_LOST) from error
+            raise FormatError(f"not a checkpoint ({error})", where=path, remedy=LOST) from error
         if header.get("format") != FORMAT:
-            raise FormatError(f"not a {FORMAT}", where=path, remedy=_LOST)
-        for name in [*self.facts, *facts]:
-            if facts.get(name) != self.facts.get(name):
-                raise MismatchError(
-                    f"the checkpoint's {name} is {facts.get(name)!r}, this run's {self.facts.get(name)!r}",
-                    where=path,
-                    remedy=f"go back to the checkpoint's {name}, or {_LOST}",
-                )
+            raise FormatError(f"not a {FORMAT}", where=path, remedy=LOST)
+        check_facts(path, facts, self.facts, whose="the checkpoint's")
         return losses
 
     def _restored(self, path: Path, name: str, tensors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -88,10 +82,25 @@ class Run:
         stored = {part: tensors.get(f"{name}/{part}") for part in ("lora_B", *_MOMENTS)}
         found = {part: tensor for part, tensor in stored.items() if tensor is not None}
         if len(found) != len(stored) or any(tensor.shape != parameter.shape for tensor in found.values()):
-            raise FormatError(f"{name!r} is missing or of another shape", where=path, remedy=_LOST)
+            raise FormatError(f"{name!r} is missing or of another shape", where=path, remedy=LOST)
         with torch.no_grad():
             parameter.copy_(found.pop("lora_B"))
         return {"step": torch.tensor(float(step)), **found}
+
+
+def check_facts(path: Path, found: Mapping[str, object], wanted: Mapping[str, object], *, whose: str = "its") -> None:
+    """Nothing, where what is stored in the file is of the run that goes on.
+
+    Raises:
+        MismatchError: it is of another; names what differs first.
+    """
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            raise MismatchError(
+                f"{whose} {name} is {found.get(name)!r}, this run's {wanted.get(name)!r}",
+                where=path,
+                remedy=f"go back to {whose} {name}, or {LOST}",
+            )
 
 
 def discard(folder: Path) -> None:

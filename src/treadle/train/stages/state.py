@@ -14,13 +14,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from treadle import files
-from treadle.errors import FormatError, MismatchError
+from treadle.errors import FormatError
 from treadle.family.peft_format import read_tensors
+from treadle.train.checkpoint import LOST, check_facts
 from treadle.train.stages.factors import Factors
 from treadle.train.stages.hosting import Record
 
 FORMAT = "treadle.stage/1"
-_LOST = "delete the folder to start afresh"
 
 Facts = Mapping[str, str | int | float | bool | None]
 """What a run is; runs with equal facts make the same factors."""
@@ -64,20 +64,14 @@ def kept(path: Path, before: Factors, facts: Facts) -> Kept | None:
             for record in header["records"]
         ]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"not a stage ({error})", where=path, remedy=_LOST) from error
-    for name in [*facts, *found]:
-        if found.get(name) != facts.get(name):
-            raise MismatchError(
-                f"its {name} is {found.get(name)!r}, this run's {facts.get(name)!r}",
-                where=path,
-                remedy=f"go back to its {name}, or {_LOST}",
-            )
+        raise FormatError(f"not a stage ({error})", where=path, remedy=LOST) from error
+    check_facts(path, found, facts)
     tensors = read_tensors(path)
     sides = {"lora_B": before.lora_B, **({"lora_A": before.lora_A} if before.moves_A else {})}
     for side, known in sides.items():
         for name, tensor in known.items():
             stored = tensors.get(f"{name}/{side}")
             if stored is None or stored.shape != tensor.shape:
-                raise FormatError(f"{name!r} is missing or of another shape", where=path, remedy=_LOST)
+                raise FormatError(f"{name!r} is missing or of another shape", where=path, remedy=LOST)
     lora_A = {name: tensors[f"{name}/lora_A"] for name in sides.get("lora_A", {})}
     return Kept(before.moved(lora_A, {name: tensors[f"{name}/lora_B"] for name in before.lora_B}), records)
