@@ -5,6 +5,7 @@ import shutil
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -176,3 +177,12 @@ def chat_server() -> Iterator[Server]:
 def reply() -> SimpleNamespace:
     """The functions above, since test modules cannot import this file."""
     return SimpleNamespace(said=said, voting=voting, raw=Answer)
+
+
+@pytest.fixture
+def quiet_trl() -> Iterator[None]:
+    """TRL, peft and transformers warn of one another: of names that the next release drops, and of their own models."""
+    with warnings.catch_warnings():
+        for module in ("transformers", "trl", "peft", "accelerate", "torch"):
+            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+        yield

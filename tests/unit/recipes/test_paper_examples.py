@@ -1,13 +1,10 @@
 """The published settings as run files: they say what the article says, and each runs, shrunk to a tiny model."""
 
 import json
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
 from treadle.configs.classify import ClassifyRun
@@ -36,14 +33,7 @@ ROW = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """As in the tests of the stages themselves."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        for module in ("transformers", "trl", "peft", "accelerate", "torch"):
-            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_trl")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,13 +1,10 @@
 """The study of LoRA-PAR's claims: its world, its trials, and how verdicts are reached."""
 
 import math
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from treadle.configs.bench_claims import ParClaimsRun
 from treadle.configs.toml import load_toml
@@ -19,14 +16,7 @@ from treadle.recipes.bench.result import finished_runs
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """As in the tests of the stages themselves."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        for module in ("transformers", "trl", "peft", "accelerate", "torch"):
-            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_trl")
 
 
 @pytest.fixture

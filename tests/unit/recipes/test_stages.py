@@ -2,8 +2,6 @@
 
 import json
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,14 +68,7 @@ max_completion_length = 3
 """
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """As in the tests of the stages themselves."""
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        for module in ("transformers", "trl", "peft", "accelerate", "torch"):
-            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_trl")
 
 
 def code(arguments: list[str]) -> int:

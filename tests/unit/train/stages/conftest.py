@@ -1,7 +1,5 @@
 """A tiny model with a family, rows of two kinds, and stages that take a moment."""
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +8,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """TRL, peft and transformers warn of one another: of names that the next release drops, and of their own models."""
-    with warnings.catch_warnings():
-        for module in ("transformers", "trl", "peft", "accelerate", "torch"):
-            warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-        yield
+def _quiet(quiet_trl: None) -> None:
+    """Every test here runs TRL."""
 
 
 @pytest.fixture
