@@ -115,7 +115,8 @@ def _ranks(probing: Probing, chosen: EvaSettings) -> dict[str, int]:
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=chosen.rho, tau=chosen.tau),
     )
-    with _without_new_hooks(probing.layers.values()):
+    layers = probing.layers.values()
+    with _without_new_hooks(layers), _contiguous_inputs(layers):
         found = get_eva_state_dict(
             probing.model,
             batches,
@@ -139,6 +140,19 @@ def _without_new_hooks(layers: Iterable[nn.Module]) -> Iterator[None]:
         for own, kept in zip(hooks, earlier, strict=True):
             for key in set(own) - kept:
                 del own[key]
+
+
+@contextlib.contextmanager
+def _contiguous_inputs(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """A block in which the layers read contiguous inputs: PEFT takes a view of each, and BERT's pooler reads a slice."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hook).remove)
+        yield
 
 
 def _large_enough(probing: Probing, components: int) -> list[dict[str, Tensor]]:

@@ -1,6 +1,10 @@
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 from treadle.errors import InputError
@@ -55,3 +59,14 @@ def test_directions_that_never_settle_are_told(
     monkeypatch.setattr(subject, "_PASSES", 1)
     with pytest.raises(InputError, match="not settled after 1 passes; lower tau or the rank"):
         eva(tiny_llama, long_inputs, linear_shapes(tiny_llama), settings=EvaSettings(rank=4, tau=1.0))
+
+
+def test_a_pooler_that_reads_a_slice_has_a_share_too(
+    tiny_bert: BertForSequenceClassification, untouched: Callable[[nn.Module], AbstractContextManager[None]]
+) -> None:
+    shapes = linear_shapes(tiny_bert)
+    inputs = ProbeInputs((torch.randint(4, 128, (8, 20)),), "0" * 64)
+    with untouched(tiny_bert):
+        found = eva(tiny_bert, inputs, shapes, settings=EvaSettings(rank=2)).means()
+    assert sum(found.values()) == 2 * len(shapes)
+    assert next(ranks for name, ranks in found.items() if name.endswith("pooler.dense")) > 0
