@@ -144,7 +144,7 @@ def _without_new_hooks(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _contiguous_inputs(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """A block in which the layers read contiguous inputs: PEFT takes a view of each, and BERT's pooler reads a slice."""
+    """A block in which layers read contiguous inputs: PEFT takes a view of each, and BERT's pooler reads a slice."""
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].contiguous(), *inputs[1:])
