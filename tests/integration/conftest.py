@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,10 +150,12 @@ def consortium(
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Consortium]:
-    """A base, a family, an authority and a server's certificate."""
+    """A base, a family with the ranks that a probe gives it, an authority and a server's certificate."""
     from treadle.family.family import AdapterFamily
     from treadle.family.injection import linear_shapes
-    from treadle.family.plan import RankPlan
+    from treadle.ranks.allocation import AllocationSettings, mean_rank_budget, plan_of_scores
+    from treadle.ranks.inputs import ProbeInputs
+    from treadle.ranks.jacobian import jacobian
 
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "src"))
@@ -161,7 +163,12 @@ def consortium(
     monkeypatch.chdir(tmp_path)
     tiny_llama.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
-    plan = RankPlan.uniform(linear_shapes(tiny_llama, ["v_proj", "gate_proj", "up_proj"]), rank=8, scaling=2.0)
+    shapes = linear_shapes(tiny_llama, ["v_proj", "gate_proj", "up_proj"])
+    texts = ProbeInputs.of_texts(tiny_tokenizer, ["what is the colour of the answer", "is 1 + 2 a number"])
+    scores = replace(jacobian(tiny_llama, texts, shapes), text="public: made up")  # else no ε would cover the ranks
+    budget = mean_rank_budget(shapes, 8)
+    plan = plan_of_scores(scores, budget=budget, settings=AllocationSettings(scaling=2.0))
+    assert len({row.rank for row in plan.modules.values()}) > 1
     AdapterFamily.create(base=str(tmp_path / "base"), plan=plan, seed=4).save(tmp_path / "family")
     (tmp_path / "server.ext").write_text("subjectAltName=IP:127.0.0.1\n")
     for line in CERTIFICATES.strip().splitlines():
