@@ -1,26 +1,33 @@
 """`treadle federate probe`: what a client can do, told without a look at its rows."""
 
 import datetime
+import http.server
 import ipaddress
 import json
+import socket
+import ssl
+import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
+import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from flwr.superlink.main import create_app
+from starlette.types import Message, Receive, Scope, Send
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from treadle.cli.app import app
 from treadle.configs.federate import FederateRun, SiloRun
 from treadle.configs.toml import load_toml
-from treadle.errors import ConfigError, InputError, UnavailableError
+from treadle.errors import ConfigError, FormatError, InputError, UnavailableError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -148,9 +155,9 @@ def test_the_peak_is_that_of_what_happened_since() -> None:
     del held
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path, list[int]]]:
-    """A TLS server on loopback that refuses every message, as a SuperLink does one without a key; the sizes it read."""
+def certified(folder: Path) -> Path:
+    """The certificate of 127.0.0.1, signed by itself; its key lies beside it."""
+    folder.mkdir(exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)
@@ -166,49 +173,99 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path, list[int]]]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = certificate.public_bytes(serialization.Encoding.PEM)
-    (tmp_path / "ca.pem").write_bytes(public)
-    read: list[int] = []
-
-    class Refusing(grpc.GenericRpcHandler):
-        def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-            def refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
-                read.append(len(request))
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key")
-                return b""
-
-            return grpc.unary_unary_rpc_method_handler(refuse)
-
-    running = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", -1)])
-    running.add_generic_rpc_handlers((Refusing(),))
-    port = running.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(private, public)]))
-    running.start()
-    yield f"127.0.0.1:{port}", tmp_path / "ca.pem", read
-    running.stop(None).wait()
+    encoding = serialization.Encoding.PEM
+    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(private)
+    (folder / "ca.pem").write_bytes(certificate.public_bytes(encoding))
+    return folder / "ca.pem"
 
 
-def test_bandwidth_to_a_server_that_refuses(server: tuple[str, Path, list[int]]) -> None:
-    address, certificate, read = server
-    found = to_superlink(address, certificate)
+@dataclass(frozen=True)
+class Link:
+    """Flower's own SuperLink on loopback: where, whom it is trusted by, and what it has read of each request."""
+
+    address: str
+    certificate: Path
+    read: list[tuple[str, str, int]]
+
+
+@pytest.fixture
+def superlink(tmp_path: Path) -> Iterator[Link]:
+    certificate, read = certified(tmp_path), list[tuple[str, str, int]]()
+    app = create_app()
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def heard() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return message
+
+        await app(scope, heard, send)
+        if scope["type"] == "http":
+            read.append((scope["path"], scope["http_version"], size))
+
+    keys = {"ssl_certfile": certificate, "ssl_keyfile": certificate.with_name("key.pem")}
+    server = uvicorn.Server(uvicorn.Config(counted, ws="none", log_config=None, **keys))
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield Link(f"127.0.0.1:{bound.getsockname()[1]}", certificate, read)
+        server.should_exit = True
+        thread.join()
+
+
+def test_bandwidth_is_that_of_an_upload_as_a_supernode_makes_it(superlink: Link, tmp_path: Path) -> None:
+    found = to_superlink(superlink.address, superlink.certificate)
     assert found.way == "superlink"
     assert found.bytes_per_second > 1e5
     assert found.seconds(10**6) > found.latency > 0
-    assert max(read) == 4 * 2**20  # it was read whole, so that its time is that of the way
-    with pytest.raises(InputError, match=r"none.pem: cannot be read"):
-        to_superlink(address, certificate.with_name("none.pem"))
+    assert {(path, version) for path, version, _ in superlink.read} == {("/v1/fleet/push-object", "1.1")}
+    sizes = [size for _, _, size in superlink.read]
+    # Read whole, so that its time is that of the way; a few bytes are protobuf's own.
+    assert 4 * 2**20 < max(sizes) < 4 * 2**20 + 64
+    assert len(sizes) == 7
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:\d+: the SuperLink's certificate is not trusted: self"):
+        to_superlink(superlink.address, certified(tmp_path / "other"))
+    assert len(superlink.read) == 7  # not a byte went to a server that is not trusted
 
 
-def test_a_server_that_is_not_there(server: tuple[str, Path, list[int]], root: Path) -> None:
-    _, certificate, _ = server
+def test_a_certificate_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.pem: cannot be read"):
+        to_superlink("127.0.0.1:9", tmp_path / "none.pem")
+    (tmp_path / "ca.pem").write_bytes(b"\xff not PEM")
+    with pytest.raises(FormatError, match=r"ca\.pem: not a certificate in PEM"):
+        to_superlink("127.0.0.1:9", tmp_path / "ca.pem")
+
+
+def test_a_server_that_is_not_there(root: Path) -> None:
+    certificate = certified(root)
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9: the SuperLink does not answer"):
         to_superlink("127.0.0.1:9", certificate)
+    with pytest.raises(UnavailableError, match="no SuperLink of this Flower; check the address: HOST:PORT"):
+        to_superlink("127.0.0.1:port", certificate)
     node = f'[supernode]\nsuperlink = "127.0.0.1:9"\nroot_certificates = "{certificate}"\nprivate_key = "x"\n'
     (root / "north.toml").write_text(SILO.format(root=root) + node)
     with pytest.raises(UnavailableError, match="does not answer"):
         probe(silo_of(root), load_toml(root / "run.toml", FederateRun))
+
+
+def test_a_server_of_another_kind(tmp_path: Path) -> None:
+    certificate = certified(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_name("key.pem"))
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(UnavailableError, match=r"what answers is no SuperLink of this Flower \(HTTP 501\)"):
+            to_superlink(f"127.0.0.1:{server.server_port}", certificate)
+        thread.join()
 
 
 def test_bandwidth_without_a_server_is_this_machines() -> None:
