@@ -49,6 +49,26 @@ class RankProbeCostRun(RunConfig):
         return self
 
 
+class RankDepthRun(RunConfig):
+    """`rank-depth`.
+
+    Attributes:
+        bases: base models; an encoder is given a head of two classes.
+        quick_base: the one that --quick measures, on a single text of 8 tokens.
+        sequences: probe texts, of CPython's own documentation.
+        tokens: of each.
+        trials: draws of noise a module.
+        seeds: of the noise.
+    """
+
+    bases: tuple[str, ...] = Field(min_length=1)
+    quick_base: str
+    sequences: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+    trials: int = Field(ge=1)
+    seeds: tuple[int, ...] = Field(min_length=2)
+
+
 class RankArm(RunConfig):
     """A way to share out a budget.
 

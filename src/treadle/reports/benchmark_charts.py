@@ -10,7 +10,7 @@ from typing import cast
 from markupsafe import Markup
 
 from treadle.recipes.evaluate import MEAN_OF_TASKS
-from treadle.reports.charts import Cell, Dot, Goal, colours, dot_chart, goal_chart, heat_map, key, sheet
+from treadle.reports.charts import Cell, Dot, Goal, colours, dot_chart, goal_chart, heat_map, key, line_chart, sheet
 
 Row = Mapping[str, object]
 Panel = tuple[str, Markup]
@@ -88,6 +88,17 @@ def _privacy_audit(rows: Sequence[Row]) -> list[Panel]:
     return [("ε refuted at 95%, under each claim", heat_map(cells, title="lower bounds on ε of each attack"))]
 
 
+def _rank_depth(rows: Sequence[Row]) -> list[Panel]:
+    """Scores over the modules of every base, a line an arm."""
+    panels: list[Panel] = []
+    arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
+    for base in dict.fromkeys(str(row["base"]) for row in rows):
+        lines = {str(row["arm"]): cast("Sequence[float]", row["scores"]) for row in rows if row["base"] == base}
+        title = f"{base}: score of every module in the model's order, as a multiple of their mean"
+        panels.append((title, line_chart(lines, colours(arms), title=title, x_label="module", y_label="score")))
+    return [*panels, ("", key(colours(arms)))]
+
+
 def _routing_quality(rows: Sequence[Row]) -> list[Panel]:
     """Mean accuracy of every way of answering, a dot a form of the prompts; lines are 95% intervals."""
     means = [row for row in rows if row.get("task") == MEAN_OF_TASKS]
@@ -126,6 +137,7 @@ def _number(row: Row, key: str) -> float:
 PANELS: Mapping[str, Callable[[Sequence[Row]], list[Panel]]] = {
     "demo-quality": _demo_quality,
     "privacy-audit": _privacy_audit,
+    "rank-depth": _rank_depth,
     "routing-exactness": _routing_exactness,
     "routing-quality": _routing_quality,
 }

@@ -27,7 +27,7 @@ from treadle.configs.bench_claims import ParClaimsRun, ParSmollm2Run
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
-from treadle.configs.bench_ranks import RankProbeCostRun, RankWorthRun
+from treadle.configs.bench_ranks import RankDepthRun, RankProbeCostRun, RankWorthRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
@@ -42,6 +42,7 @@ from treadle.recipes.bench import (
     par_savings,
     par_smollm2,
     privacy_audit,
+    rank_depth,
     rank_probe_cost,
     rank_worth,
     routing_attack,
@@ -138,6 +139,12 @@ def _par_importance_cost(config: ParImportanceCostRun, session: Session) -> Benc
 
 def _par_savings(config: ParSavingsRun, session: Session) -> BenchmarkResult:
     return par_savings.par_savings(config, quick=session.quick, progress=session.progress)
+
+
+def _rank_depth(config: RankDepthRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return rank_depth.quick_rank_depth(config, work=session.work, progress=session.progress)
+    return rank_depth.rank_depth(config, runs=session.runs, work=session.work, progress=session.progress)
 
 
 def _rank_probe_cost(config: RankProbeCostRun, session: Session) -> BenchmarkResult:
@@ -245,6 +252,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
     "par-importance-cost": Benchmark(ParImportanceCostRun, _par_importance_cost),
     "par-savings": Benchmark(ParSavingsRun, _par_savings),
+    "rank-depth": Benchmark(RankDepthRun, _rank_depth, rank_depth.summary),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
     "rank-worth": Benchmark(RankWorthRun, _rank_worth, rank_worth.summary),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
