@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treadle.configs.toml import RunConfig
 from treadle.partition.importance import Score
@@ -25,6 +25,7 @@ class ParArm(RunConfig):
         parts: the stages in their order, by the names that the benchmark gives them.
         start: of A and B.
         moves_A: whether A is trained.
+        merit: the measure whose best mean over the tuning seeds chooses the arm's rate.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ParArm(RunConfig):
     parts: tuple[str, ...] = ("sft-recall", "grpo-sums")
     start: Start = "zero"
     moves_A: bool = False
+    merit: str = "accuracy"
 
 
 class ParTrials(RunConfig):
@@ -74,8 +76,8 @@ class ParTrials(RunConfig):
     arms: tuple[ParArm, ...] = Field(min_length=2)
 
 
-class ParClaimsRun(ParTrials):
-    """`par-claims`: facts first, then sums; "full" and "dense" are among the arms.
+class ParWorldRun(ParTrials):
+    """The small world: facts first, then sums.
 
     Attributes:
         width: of the small Llama.
@@ -86,7 +88,6 @@ class ParClaimsRun(ParTrials):
         terms: of the sums.
         sums: to be trained on.
         test_sums: that accuracy is measured on; facts are measured all.
-        most_active: share of the parameters that a stage of "ours" may train at most.
     """
 
     width: int = Field(ge=8)
@@ -97,7 +98,27 @@ class ParClaimsRun(ParTrials):
     terms: int = Field(ge=2)
     sums: int = Field(ge=1)
     test_sums: int = Field(ge=1)
+
+
+class ParClaimsRun(ParWorldRun):
+    """`par-claims`: "full" and "dense" are among the arms.
+
+    Attributes:
+        most_active: share of the parameters that a stage of "ours" may train at most.
+    """
+
     most_active: float = Field(gt=0, le=1)
+
+
+class ParMindsRun(ParWorldRun):
+    """`par-minds`: every arm has regions of whole ranks, and A frozen."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> "ParMindsRun":
+        for arm in self.arms:
+            if arm.granularity != "rank" or arm.moves_A:
+                raise ValueError(f"arm {arm.name!r} has no minds: they need regions of whole ranks, and A frozen")
+        return self
 
 
 class ParSmollm2Run(ParTrials):

@@ -109,7 +109,7 @@ def train_adapter_in_stages(
         if result.regions is not None:
             save_regions(result.regions, regions)
             for system, folder in minds.items():
-                mind = _mind(result.factors, result.regions, system)
+                mind = mind_of(result.factors, result.regions, system)
                 made = mind.adapter(family, names[system], provenance=provenance, transposed=transposed)
                 made.save(folder, overwrite=config.overwrite)
         shutil.rmtree(state, ignore_errors=True)
@@ -216,8 +216,8 @@ def _provenance(config: StagesRun, family: AdapterFamily, systems: Mapping[str, 
     )
 
 
-def _mind(factors: Factors, regions: Regions, system: str) -> Factors:
-    """The factors with only the ranks that the system selected: its own and those it shares."""
+def mind_of(factors: Factors, regions: Regions, system: str) -> Factors:
+    """The factors with only the ranks that the system selected: its own and those it shares; A must be frozen."""
     chosen = regions.selected[system].ranks
     learnt = {name: B * chosen[name] for name, B in factors.learnt().items()}
     return replace(factors, lora_B=learnt, start_A={}, start_B={})

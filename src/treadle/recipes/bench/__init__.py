@@ -23,7 +23,7 @@ from treadle.configs.bench import (
     RoutingModelCostRun,
     RoutingQualityRun,
 )
-from treadle.configs.bench_claims import ParClaimsRun, ParSmollm2Run
+from treadle.configs.bench_claims import ParClaimsRun, ParMindsRun, ParSmollm2Run
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
@@ -39,6 +39,7 @@ from treadle.recipes.bench import (
     federated_quality,
     par_claims,
     par_importance_cost,
+    par_minds,
     par_savings,
     par_smollm2,
     privacy_audit,
@@ -230,6 +231,12 @@ def _par_claims(config: ParClaimsRun, session: Session) -> BenchmarkResult:
     return par_claims.par_claims(config, runs=session.runs, work=session.work, progress=session.progress)
 
 
+def _par_minds(config: ParMindsRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return par_minds.quick_par_minds(config, work=session.work, progress=session.progress)
+    return par_minds.par_minds(config, runs=session.runs, work=session.work, progress=session.progress)
+
+
 def _par_smollm2(config: ParSmollm2Run, session: Session) -> BenchmarkResult:
     folder = session.runs.parent.parent  # task files lie beside the configuration
     if session.quick:
@@ -246,6 +253,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
     "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, federated_quality.summary),
     "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
+    "par-minds": Benchmark(ParMindsRun, _par_minds, par_minds.summary),
     "par-smollm2": Benchmark(ParSmollm2Run, _par_smollm2, par_smollm2.summary),
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from treadle.configs.bench_claims import ParArm, ParClaimsRun
+from treadle.configs.bench_claims import ParArm, ParClaimsRun, ParWorldRun
 from treadle.data.prompts import Example
 from treadle.evaluation.intervals import mean_interval
 from treadle.progress import Progress, silent
@@ -24,7 +24,7 @@ from treadle.train.stages.training import System
 
 NAME = "par-claims"
 FULL, DENSE = "full", "dense"
-_BASE_SEED = 0
+BASE_SEED = 0
 _MEASURES = ("accuracy", "recall", "sums", "recall_first", "sums_first")
 _NEAR = 0.02  # two points, within which "ours" may lie below full LoRA
 
@@ -91,7 +91,8 @@ def quick_par_claims(config: ParClaimsRun, *, work: Path, progress: Progress = s
     return par_claims(small, runs=runs, work=work / "quick", progress=progress).undecided()
 
 
-def _size(config: ParClaimsRun) -> WorldSize:
+def size_of(config: ParWorldRun) -> WorldSize:
+    """How large the configured world is."""
     return WorldSize(
         width=config.width,
         layers=config.layers,
@@ -102,16 +103,16 @@ def _size(config: ParClaimsRun) -> WorldSize:
     )
 
 
-def world_of(config: ParClaimsRun, work: Path, progress: Progress = silent) -> World:
+def world_of(config: ParWorldRun, work: Path, progress: Progress = silent) -> World:
     """The small world, its base trained in `work` if it is not there yet."""
-    base = base_of(_size(config), work / f"base-{config.base_steps}", seed=_BASE_SEED, progress=progress)
+    base = base_of(size_of(config), work / f"base-{config.base_steps}", seed=BASE_SEED, progress=progress)
     parts = {"sft-recall": (RECALL, config.sft), "grpo-sums": (SUMS, config.grpo), "sft-sums": (SUMS, config.long_sft)}
     return World(base, lambda trial: _systems(config, trial), parts)
 
 
-def _systems(config: ParClaimsRun, trial: Trial) -> dict[str, System]:
+def _systems(config: ParWorldRun, trial: Trial) -> dict[str, System]:
     """The world of the seed: facts that are asked again, and sums of which others are asked."""
-    size, seed = _size(config), trial.seed
+    size, seed = size_of(config), trial.seed
     known = {
         RECALL: facts_of(config.facts, seed=seed, name="facts"),
         SUMS: sums_of(config.sums, terms=config.terms, seed=seed, name="train"),
@@ -163,7 +164,7 @@ def _ours(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> str:
         return plain and bool(active) and max(map(max, active)) <= config.most_active
 
     candidates = [arm for arm in config.arms if allowed(arm)]
-    merit = {arm.name: tuned(runs, arm.name, best_factor(config, runs, arm)) for arm in candidates}
+    merit = {arm.name: tuned(runs, arm, best_factor(config, runs, arm)) for arm in candidates}
     return max(merit, key=lambda name: merit[name], default="")
 
 

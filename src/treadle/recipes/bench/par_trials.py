@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, cast
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from treadle.configs.bench_claims import ParArm, ParTrials
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -43,6 +45,17 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A trial after its last stage: what it learnt from, and what it made on which model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: AdapterFamily
+    systems: Mapping[str, System]
+    made: Staged
+
+
+@dataclass(frozen=True)
 class World:
     """Where trials happen.
 
@@ -50,11 +63,13 @@ class World:
         base: the base model's folder.
         systems: what a trial learns from and is asked.
         parts: the name of a part of a run → its system and stage.
+        also: what else is measured of a trained trial, by name; None measures accuracy, reward and shares alone.
     """
 
     base: Path
     systems: Callable[[Trial], Mapping[str, System]]
     parts: Mapping[str, tuple[str, Stage]]
+    also: Callable[[Trained], Mapping[str, object]] | None = None
 
 
 def run_trials(config: ParTrials, world: World, runs: Path, progress: Progress) -> None:
@@ -80,19 +95,27 @@ def _missing(config: ParTrials, runs: Path) -> Iterator[Trial]:
 
 
 def best_factor(config: ParTrials, runs: Sequence[Mapping[str, object]], arm: ParArm) -> float:
-    """The factor of the grid with the best mean accuracy over the tuning seeds, the first of equals."""
-    return max(config.factors, key=lambda factor: tuned(runs, arm.name, factor))
+    """The factor of the grid with the best mean merit over the tuning seeds, the first of equals."""
+    return max(config.factors, key=lambda factor: tuned(runs, arm, factor))
 
 
-def tuned(runs: Sequence[Mapping[str, object]], arm: str, factor: float) -> float:
-    """The arm's mean accuracy over the tuning seeds at this factor."""
-    key = {"arm": arm, "stage": "tune", "factor": factor}
-    return fmean([cast("float", run["accuracy"]) for run in runs if key.items() <= run.items()])
+def tuned(runs: Sequence[Mapping[str, object]], arm: ParArm, factor: float) -> float:
+    """The mean over the tuning seeds, at this factor, of the measure that the arm's rate is chosen by."""
+    key = {"arm": arm.name, "stage": "tune", "factor": factor}
+    return fmean([cast("float", run[arm.merit]) for run in runs if key.items() <= run.items()])
 
 
 def judged(config: ParTrials, trial: Trial, world: World) -> dict[str, object]:
     """The trial's record: what it is, accuracies, rewards, shares of parameters, seconds."""
-    begun, arm = time.monotonic(), trial.arm
+    begun = time.monotonic()
+    trained = _trained(config, trial, world)
+    also = world.also(trained) if world.also else {}
+    seconds = round(time.monotonic() - begun, 1)
+    return trial.key() | _measures(trained.made) | also | {"seconds": seconds, "commit": commit()}
+
+
+def _trained(config: ParTrials, trial: Trial, world: World) -> Trained:
+    arm, systems = trial.arm, world.systems(trial)
     model, tokenizer = load_model(str(world.base), device="cpu", dtype=config.dtype), load_tokenizer(str(world.base))
     shapes = linear_shapes(model, config.kinds)
     plan = RankPlan.uniform(shapes, rank=arm.rank or config.rank, scaling=config.scaling)
@@ -114,8 +137,8 @@ def judged(config: ParTrials, trial: Trial, world: World) -> dict[str, object]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         plan_of_run = Plan(partition, stages)
-        made = train_in_stages(Run(model, tokenizer, family, world.systems(trial), plan_of_run, Path(folder)))
-    return trial.key() | _measures(made) | {"seconds": round(time.monotonic() - begun, 1), "commit": commit()}
+        made = train_in_stages(Run(model, tokenizer, family, systems, plan_of_run, Path(folder)))
+    return Trained(model, tokenizer, family, systems, made)
 
 
 def _of_trial(stage: Stage, trial: Trial) -> Stage:

@@ -125,8 +125,20 @@ def _base_examples(size: WorldSize, seed: int) -> list[Example]:
     for terms in range(2, size.base_terms + 1):
         count = math.ceil(share / (size.base_terms - 1))
         examples += sums_of(count, terms=terms, seed=seed, name=f"base/{terms}")
-    known = facts_of(size.base_facts, seed=seed, name="base", first=_LARGEST_KEY - size.base_facts)
+    known = _base_facts(size, seed)
     return examples + [known[place % len(known)] for place in range(share)]
+
+
+def _base_facts(size: WorldSize, seed: int) -> list[Example]:
+    return facts_of(size.base_facts, seed=seed, name="base", first=_LARGEST_KEY - size.base_facts)
+
+
+def public_text(size: WorldSize, *, seed: int) -> list[str]:
+    """What anybody may read in this world: the facts that the base knows, and as many sums of every length it knows."""
+    lengths = range(2, size.base_terms + 1)
+    count = math.ceil(size.base_facts / len(lengths))
+    sums = [one for terms in lengths for one in sums_of(count, terms=terms, seed=seed, name=f"public/{terms}")]
+    return [example.prompt + example.completion for example in [*_base_facts(size, seed), *sums]]
 
 
 def learn(
