@@ -146,3 +146,21 @@ class RankWorthRun(RunConfig):
         if {self.tuning_seed} & {*self.seeds, *self.test_seeds} or set(self.seeds) & set(self.test_seeds):
             raise ValueError("tuning_seed, seeds and test_seeds share a seed")
         return self
+
+
+class RankChangeRun(RunConfig):
+    """`rank-change`; base, rows, epochs and probe texts are those of `rank-worth`.
+
+    Attributes:
+        tasks: shipped tasks of classification.
+        probes: by name.
+        seeds: of A and of the order of rows.
+        mean_rank: of every module, where ranks are trained.
+        learning_rates: way of training → its peak rate.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    probes: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=2)
+    mean_rank: int = Field(ge=1)
+    learning_rates: dict[Literal["full", "LoRA", "B alone"], float] = Field(min_length=1)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from treadle.configs.bench_ranks import RankArm, RankCell, RankWorthRun
 from treadle.configs.toml import checked
@@ -111,29 +110,18 @@ def test_a_study_that_would_judge_itself_is_refused(change: dict[str, object], m
         checked(json.loads(configured().model_dump_json()) | change, RankWorthRun, where="run")
 
 
-def test_a_study_from_end_to_end_and_resumed(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = BertConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(encoder).save_pretrained(tmp_path / "encoder")
-    tiny_tokenizer.save_pretrained(tmp_path / "encoder")
-    folder = tmp_path / "data" / "sst2"
-    folder.mkdir(parents=True)
-    for name, count in (("train", 12), ("validation", 8), ("test", 8)):
-        rows = [{"text": f"{name} film {i}", "label": ("negative", "positive")[i % 2]} for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def test_a_study_from_end_to_end_and_resumed(tmp_path: Path, tiny_encoder: Path, tiny_sst2: Path) -> None:
     config = configured(
-        base=str(tmp_path / "encoder"), cells=CELLS[:1], sequences=2, tokens=8, learning_rates=(1e-2,),
+        base=str(tiny_encoder), cells=CELLS[:1], sequences=2, tokens=8, learning_rates=(1e-2,),
         arms=(*ARMS[:3], RankArm(name="gradient", probe="gradient")),
     )  # fmt: skip
     runs, work = tmp_path / "runs.jsonl", tmp_path / "work"
-    result = rank_worth(config, runs=runs, work=work, data=tmp_path / "data")
+    result = rank_worth(config, runs=runs, work=work, data=tiny_sst2)
     rows = list(finished_runs(runs))
     assert len(rows) == 4 * (1 + 3) + 3 * 3
     assert {row["arm"] for row in rows if row["stage"] == "test"} > {"uniform", "shuffled"}
     assert len({row["parameters"] for row in rows if row["arm"] == "uniform"}) == 1
-    again = rank_worth(config, runs=runs, work=tmp_path / "gone", data=tmp_path / "data")
+    again = rank_worth(config, runs=runs, work=tmp_path / "gone", data=tiny_sst2)
     assert again.rows == result.rows
     with pytest.raises(InputError, match="pass --data DIR"):
         rank_worth(config, runs=runs, work=work, data=None)

@@ -27,7 +27,7 @@ from treadle.configs.bench_claims import ParClaimsRun, ParMindsRun, ParSmollm2Ru
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
 from treadle.configs.bench_federated import FederatedQualityRun
 from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
-from treadle.configs.bench_ranks import RankDepthRun, RankProbeCostRun, RankWorthRun
+from treadle.configs.bench_ranks import RankChangeRun, RankDepthRun, RankProbeCostRun, RankWorthRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
@@ -43,6 +43,7 @@ from treadle.recipes.bench import (
     par_savings,
     par_smollm2,
     privacy_audit,
+    rank_change,
     rank_depth,
     rank_probe_cost,
     rank_worth,
@@ -140,6 +141,17 @@ def _par_importance_cost(config: ParImportanceCostRun, session: Session) -> Benc
 
 def _par_savings(config: ParSavingsRun, session: Session) -> BenchmarkResult:
     return par_savings.par_savings(config, quick=session.quick, progress=session.progress)
+
+
+def _rank_change(config: RankChangeRun, session: Session) -> BenchmarkResult:
+    worth = load_toml(session.runs.parent.parent / f"{rank_worth.NAME}.toml", RankWorthRun)
+    if session.quick:
+        return rank_change.quick_rank_change(
+            config, worth, work=session.work, data=session.data, progress=session.progress
+        )
+    return rank_change.rank_change(
+        config, worth, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
 
 
 def _rank_depth(config: RankDepthRun, session: Session) -> BenchmarkResult:
@@ -260,6 +272,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
     "par-importance-cost": Benchmark(ParImportanceCostRun, _par_importance_cost),
     "par-savings": Benchmark(ParSavingsRun, _par_savings),
+    "rank-change": Benchmark(RankChangeRun, _rank_change, rank_change.summary),
     "rank-depth": Benchmark(RankDepthRun, _rank_depth, rank_depth.summary),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
     "rank-worth": Benchmark(RankWorthRun, _rank_worth, rank_worth.summary),
