@@ -1,18 +1,9 @@
-"""What a study of federations and a pilot share: how rows are dealt to clients, and how factors are judged."""
+"""How the rows of a simulated federation are dealt to its clients."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
-
-from treadle.family.injection import inject
-from treadle.train.federated.factors import Factors
-from treadle.train.objectives import rightly_answered
-from treadle.train.rows import Row
-
-_BATCH = 64
 
 
 def split(labels: Sequence[int], clients: int, concentration: float, *, seed: int) -> list[list[int]]:
@@ -44,14 +35,3 @@ def split(labels: Sequence[int], clients: int, concentration: float, *, seed: in
                 part.extend(int(place) for place in mine)
         if min(map(len, parts)) >= max(1, least):
             return [sorted(part) for part in parts]
-
-
-def accuracy_of(model: PreTrainedModel, factors: Factors, rows: Sequence[Row]) -> float:
-    """The share of rows that are answered rightly under these factors; see `rightly_answered`."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place].prompt))
-    right = 0
-    with torch.inference_mode(), inject(model, factors.lora_A, factors.lora_B):
-        for begin in range(0, len(order), _BATCH):
-            batch = [rows[place] for place in order[begin : begin + _BATCH]]
-            right += sum(rightly_answered(model, [(row.prompt, row.target) for row in batch]))
-    return right / len(rows)

@@ -31,12 +31,13 @@ from treadle.privacy.plan import PrivacySettings
 from treadle.progress import Progress, silent
 from treadle.recipes.family import new_family
 from treadle.recipes.federate import federate_in_process, state_folder
-from treadle.recipes.federated_trial import accuracy_of, split
+from treadle.recipes.federated_trial import split
 from treadle.recipes.footprint import forget_peak, peak_bytes
 from treadle.recipes.pilot_result import AtEpsilon, Check, PilotResult, Point, Trial, Tried
 from treadle.recipes.silo import number_of
 from treadle.recipes.simulated_silos import SimulatedSilos
 from treadle.recipes.train import examples_of
+from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.checkpoint import RunFolder, facts_of
 from treadle.train.federated.factors import Factors
 from treadle.train.federated.federation import Federation

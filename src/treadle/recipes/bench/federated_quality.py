@@ -40,7 +40,8 @@ from treadle.recipes.bench.result import (
     is_recorded,
     record_run,
 )
-from treadle.recipes.federated_trial import accuracy_of, split
+from treadle.recipes.federated_trial import split
+from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.aggregation import Update
 from treadle.train.federated.factors import Factors, GlobalState
 from treadle.train.federated.local import OpenedSilo, stepped

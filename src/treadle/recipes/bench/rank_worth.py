@@ -46,8 +46,8 @@ from treadle.recipes.bench.result import (
     is_recorded,
     record_run,
 )
-from treadle.recipes.federated_trial import accuracy_of
 from treadle.recipes.rank_peers import settings_of
+from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.factors import Factors
 from treadle.train.rows import classes_of
 from treadle.train.sft import train_sft
