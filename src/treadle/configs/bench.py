@@ -205,6 +205,10 @@ class RoutingQualityRun(RunConfig):
     groups: tuple[ArmGroup, ...] = Field(min_length=1)
     fleet: FleetSettings
 
+    def fleet_run(self, seed: int, *, work: Path, data: Path | None) -> FleetRun:
+        """How the fleet of a seed is grown, in a folder of its own within `work`."""
+        return self.fleet.model_copy(update={"seed": seed}).run(self.tasks, out=work / f"quality-{seed}", data=data)
+
     def questions(self, group: ArmGroup, seed: int, *, data: Path | None, router: Path | None) -> EvaluateRun:
         """What is asked of one group."""
         return EvaluateRun(
@@ -244,6 +248,22 @@ class RoutingCalibrationRun(RunConfig):
     limit: int = Field(ge=1)
     outside: tuple[str, ...] = Field(min_length=1)
     texts: tuple[PublicTextChoice, ...] = Field(min_length=2)
+
+
+class RoutingRanksRun(RunConfig):
+    """`routing-ranks`; tasks, forms and training are those of `routing-quality`.
+
+    Attributes:
+        ranks: of every module, a fleet each; that of `routing-quality` is taken from there.
+        seed: of the fleets.
+        limit: test prompts a task and condition.
+        arms: as `treadle eval` spells them; base, oracle and sequence among them.
+    """
+
+    ranks: tuple[int, ...] = Field(min_length=1)
+    seed: int
+    limit: int = Field(ge=1)
+    arms: tuple[str, ...] = ("base", "oracle", "sequence")
 
 
 class RoutingCompositionRun(RunConfig):

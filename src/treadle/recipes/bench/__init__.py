@@ -22,6 +22,7 @@ from treadle.configs.bench import (
     RoutingMemoryRun,
     RoutingModelCostRun,
     RoutingQualityRun,
+    RoutingRanksRun,
 )
 from treadle.configs.bench_claims import ParClaimsRun, ParMindsRun, ParSmollm2Run
 from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
@@ -57,6 +58,7 @@ from treadle.recipes.bench import (
     routing_memory,
     routing_model_cost,
     routing_quality,
+    routing_ranks,
 )
 from treadle.recipes.bench.result import BenchmarkResult, finished_runs
 
@@ -260,6 +262,15 @@ def _par_smollm2(config: ParSmollm2Run, session: Session) -> BenchmarkResult:
     )
 
 
+def _routing_ranks(config: RoutingRanksRun, session: Session) -> BenchmarkResult:
+    quality = load_toml(session.runs.parent.parent / f"{routing_quality.NAME}.toml", RoutingQualityRun)
+    if session.quick:
+        return routing_ranks.quick_routing_ranks(config, quality, work=session.work, progress=session.progress)
+    return routing_ranks.routing_ranks(
+        config, quality, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
+
+
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
@@ -286,6 +297,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "routing-memory": Benchmark(RoutingMemoryRun, _routing_memory),
     "routing-model-cost": Benchmark(RoutingModelCostRun, _routing_model_cost),
     "routing-quality": Benchmark(RoutingQualityRun, _routing_quality, routing_quality.summary),
+    "routing-ranks": Benchmark(RoutingRanksRun, _routing_ranks, routing_ranks.summary),
 }
 
 

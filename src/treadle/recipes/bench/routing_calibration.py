@@ -91,8 +91,7 @@ def _run(
     def told(description: str, at: int, total: int) -> None:
         progress(f"seed {seed}: {description}", at, total)
 
-    grown = quality.fleet.model_copy(update={"seed": seed}).run(quality.tasks, out=work / f"quality-{seed}", data=data)
-    fleet = grow_fleet(grown, told)
+    fleet = grow_fleet(quality.fleet_run(seed, work=work, data=data), told)
     asked = {
         (task, condition): load_task(task).examples(
             "test", data_root=data, condition=condition, limit=config.limit, seed=seed

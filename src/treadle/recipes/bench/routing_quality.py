@@ -16,6 +16,7 @@ import numpy as np
 
 from treadle.configs.bench import ArmGroup, RoutingQualityRun
 from treadle.configs.evaluate import EvaluateRun
+from treadle.configs.fleet import FleetRun
 from treadle.data.public_text import overlap
 from treadle.data.tasks import Task
 from treadle.errors import InputError
@@ -77,9 +78,25 @@ def _run(
     def told(description: str, at: int, total: int) -> None:
         progress(f"{group.name}, seed {seed}: {description}", at, total)
 
-    grown = config.fleet.model_copy(update={"seed": seed}).run(config.tasks, out=work / f"quality-{seed}", data=data)
-    fleet = grow_fleet(grown, told)
-    asked = config.questions(group, seed, data=data, router=work / f"router-{seed}")
+    grown = config.fleet_run(seed, work=work, data=data)
+    return group_run(config, group, grow_fleet(grown, told), grown, router=work / f"router-{seed}", progress=told)
+
+
+def group_run(
+    config: RoutingQualityRun, group: ArmGroup, fleet: Fleet, grown: FleetRun, *, router: Path, progress: Progress
+) -> dict[str, object]:
+    """Every verdict of a group's arms on one fleet, as it is recorded.
+
+    Args:
+        config: what is asked.
+        group: the arms.
+        fleet: that answers.
+        grown: how it was grown.
+        router: where the supervised router is kept.
+        progress: told of every cell.
+    """
+    seed, data = grown.seed, grown.data
+    asked = config.questions(group, seed, data=data, router=router)
     tasks = [task for task in fleet.tasks if task.name in config.asked]
     bank = fleet.bank
     if group.calibration == "own":
@@ -87,19 +104,19 @@ def _run(
             task.name: [f"{row.prompt}{row.completion}" for row in training_examples(grown, task)]
             for task in fleet.tasks
         }
-        bank = bank.calibrate(OwnCalibration(texts), model=fleet.model, tokenizer=fleet.tokenizer, progress=told)
+        bank = bank.calibrate(OwnCalibration(texts), model=fleet.model, tokenizer=fleet.tokenizer, progress=progress)
     prompts = [
         example.prompt for task in tasks for form in asked.conditions for example in asked_examples(task, form, asked)
     ]
     shared = overlap(kept_passages(grown.out / "bank", fleet.bank), prompts)
     if group.absent:
-        parts = [_answers(fleet, bank.remove(task.name), [task], asked, told) for task in tasks]
+        parts = [_answers(fleet, bank.remove(task.name), [task], asked, progress) for task in tasks]
         answers = Answers(
             {key: arms for part in parts for key, arms in part.verdicts.items()},
             {key: arms for part in parts for key, arms in part.chosen.items()},
         )
     else:
-        answers = _answers(fleet, bank, tasks, asked, told)
+        answers = _answers(fleet, bank, tasks, asked, progress)
     return {
         "group": group.name,
         "seed": seed,
