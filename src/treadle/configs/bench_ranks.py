@@ -75,12 +75,15 @@ class RankArm(RunConfig):
     Attributes:
         name: of the arm.
         probe: whose scores are shared out.
+        text: what it reads: "public", CPython's own documentation, or the training prompts of the task of that name; a
+            probe that needs labels reads the cell's own training rows whatever stands here.
         rule: by which rule.
         control: what is done to the scores first; a control of its own is drawn a seed.
     """
 
     name: str
     probe: str = "perturbation"
+    text: str = "public"
     rule: RuleName = "largest-remainder"
     control: Literal["uniform", "shuffled", "shuffled-in-shape", "reversed"] | None = None
 
@@ -98,7 +101,7 @@ class RankCell(RunConfig):
 
 
 class RankWorthRun(RunConfig):
-    """`rank-worth`.
+    """`rank-worth`, and the same with fewer rows or another base.
 
     Attributes:
         base: an encoder, which is given a head, or a causal LM.
@@ -109,7 +112,7 @@ class RankWorthRun(RunConfig):
         validation_limit: validation rows; None for all.
         test_limit: test rows; None for all.
         max_length: tokens of a row.
-        sequences: probe texts, of CPython's own documentation; as many training rows for a probe that needs labels.
+        sequences: probe texts, or training rows for a probe that needs labels.
         tokens: of each.
         sft: of every training, but for rate and seed.
         learning_rates: the grid, searched on `tuning_seed` and validation rows for every arm and cell.

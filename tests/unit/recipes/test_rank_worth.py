@@ -113,7 +113,7 @@ def test_a_study_that_would_judge_itself_is_refused(change: dict[str, object], m
 def test_a_study_from_end_to_end_and_resumed(tmp_path: Path, tiny_encoder: Path, tiny_sst2: Path) -> None:
     config = configured(
         base=str(tiny_encoder), cells=CELLS[:1], sequences=2, tokens=8, learning_rates=(1e-2,),
-        arms=(*ARMS[:3], RankArm(name="gradient", probe="gradient")),
+        arms=(*ARMS[:2], RankArm(name="own text", text="sst2"), RankArm(name="gradient", probe="gradient")),
     )  # fmt: skip
     runs, work = tmp_path / "runs.jsonl", tmp_path / "work"
     result = rank_worth(config, runs=runs, work=work, data=tiny_sst2)
@@ -121,6 +121,9 @@ def test_a_study_from_end_to_end_and_resumed(tmp_path: Path, tiny_encoder: Path,
     assert len(rows) == 4 * (1 + 3) + 3 * 3
     assert {row["arm"] for row in rows if row["stage"] == "test"} > {"uniform", "shuffled"}
     assert len({row["parameters"] for row in rows if row["arm"] == "uniform"}) == 1
+    public, own = (ProbeScores.load(work / f"scores-sst2-perturbation{text}.json") for text in ("", "-on-sst2"))
+    assert public.means() != own.means()
+    assert public.text_sha256 != own.text_sha256
     again = rank_worth(config, runs=runs, work=tmp_path / "gone", data=tiny_sst2)
     assert again.rows == result.rows
     with pytest.raises(InputError, match="pass --data DIR"):

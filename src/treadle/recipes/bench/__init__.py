@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar
@@ -168,12 +169,17 @@ def _rank_probe_cost(config: RankProbeCostRun, session: Session) -> BenchmarkRes
     return rank_probe_cost.rank_probe_cost(config, runs=session.runs, work=session.work, progress=session.progress)
 
 
-def _rank_worth(config: RankWorthRun, session: Session) -> BenchmarkResult:
-    if session.quick:
-        return rank_worth.quick_rank_worth(config, work=session.work, data=session.data, progress=session.progress)
-    return rank_worth.rank_worth(
-        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
-    )
+def _rank_worth(name: str) -> Benchmark[RankWorthRun]:
+    """The study of that name: one way to run it, with the rows, the base and the arms of its own configuration."""
+
+    def run(config: RankWorthRun, session: Session) -> BenchmarkResult:
+        study = rank_worth.quick_rank_worth if session.quick else partial(rank_worth.rank_worth, runs=session.runs)
+        return replace(study(config, work=session.work, data=session.data, progress=session.progress), name=name)
+
+    def shown(config: RankWorthRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
+        return replace(rank_worth.summary(config, runs), name=name)
+
+    return Benchmark(RankWorthRun, run, shown)
 
 
 def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:
@@ -286,7 +292,10 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "rank-change": Benchmark(RankChangeRun, _rank_change, rank_change.summary),
     "rank-depth": Benchmark(RankDepthRun, _rank_depth, rank_depth.summary),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
-    "rank-worth": Benchmark(RankWorthRun, _rank_worth, rank_worth.summary),
+    "rank-worth": _rank_worth("rank-worth"),
+    "rank-worth-100": _rank_worth("rank-worth-100"),
+    "rank-worth-500": _rank_worth("rank-worth-500"),
+    "rank-worth-smollm2": _rank_worth("rank-worth-smollm2"),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
     "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, routing_calibration.summary),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, routing_composition.summary),

@@ -54,6 +54,7 @@ from treadle.train.sft import train_sft
 
 NAME = "rank-worth"
 UNIFORM, SHUFFLED = "uniform", "shuffled"
+PUBLIC = "public"
 Stage = Literal["tune", "validation", "test"]
 _NEEDS_LABELS = ("gradient",)
 
@@ -106,17 +107,34 @@ class Bench:
             max_length=config.max_length,
         )
 
-    def scores(self, task: str, probe: str, read: Classification, *, mean_rank: int) -> ProbeScores:
+    def scores(self, task: str, probe: str, read: Classification, *, mean_rank: int, text: str = PUBLIC) -> ProbeScores:
         """The probe's scores of all layers of the task's base; EVA, which shares out ranks itself, is told how many."""
         settings = settings_of(probe, mean_rank=mean_rank)
         of_budget = f"-{mean_rank}" if isinstance(settings, EvaSettings) else ""
-        path = self.work / f"scores-{task}-{probe}{of_budget}.json"
+        of_text = "" if text == PUBLIC else f"-on-{text}"
+        path = self.work / f"scores-{task}-{probe}{of_budget}{of_text}.json"
         if not path.exists():
             model = load_model(str(read.base), device="cpu")  # float32: a probe's differences are small
-            inputs = _probe_inputs(self.config, read, labelled=probe in _NEEDS_LABELS)
+            inputs = self._labelled(read) if probe in _NEEDS_LABELS else self._texts(read, text)
             shapes = linear_shapes(model)
             probe_scores(model, inputs, shapes, settings=settings, progress=self.progress).save(path)
         return ProbeScores.load(path)
+
+    def _texts(self, read: Classification, text: str) -> ProbeInputs:
+        config = self.config
+        if text == PUBLIC:
+            passages = public_texts(limit=config.sequences, words=2 * config.tokens).passages
+        else:
+            found = load_task(text).examples(
+                "train", data_root=self.data, condition=config.condition, limit=config.sequences
+            )
+            passages = [example.prompt for example in found]
+        return ProbeInputs.of_texts(read.tokenizer, passages, tokens=config.tokens)
+
+    def _labelled(self, read: Classification) -> ProbeInputs:
+        classes = None if is_causal(read.base) else classes_of(read.model)
+        examples = read.examples["train"][: self.config.sequences]
+        return ProbeInputs.of_examples(read.tokenizer, examples, classes=classes, tokens=self.config.tokens)
 
 
 def rank_worth(
@@ -238,7 +256,7 @@ def plan_of(arm: RankArm, scores: ProbeScores, *, mean_rank: int, seed: int) -> 
 def judged(bench: Bench, trial: Trial, read: Classification) -> dict[str, object]:
     """The trial's record: what it is, its accuracy, parameters and seconds."""
     begun, config = time.monotonic(), bench.config
-    scores = bench.scores(trial.cell.task, trial.arm.probe, read, mean_rank=trial.cell.mean_rank)
+    scores = bench.scores(trial.cell.task, trial.arm.probe, read, mean_rank=trial.cell.mean_rank, text=trial.arm.text)
     plan = plan_of(trial.arm, scores, mean_rank=trial.cell.mean_rank, seed=trial.seed)
     family = AdapterFamily.create(base=identity_of(str(read.base)), plan=plan, seed=trial.seed)
     settings = replace(config.sft, learning_rate=trial.rate, seed=trial.seed, max_length=config.max_length)
@@ -252,15 +270,6 @@ def judged(bench: Bench, trial: Trial, read: Classification) -> dict[str, object
         "seconds": round(time.monotonic() - begun, 1),
         "commit": commit(),
     }
-
-
-def _probe_inputs(config: RankWorthRun, read: Classification, *, labelled: bool) -> ProbeInputs:
-    if not labelled:
-        passages = public_texts(limit=config.sequences, words=2 * config.tokens).passages
-        return ProbeInputs.of_texts(read.tokenizer, passages, tokens=config.tokens)
-    classes = None if is_causal(read.base) else classes_of(read.model)
-    examples = read.examples["train"][: config.sequences]
-    return ProbeInputs.of_examples(read.tokenizer, examples, classes=classes, tokens=config.tokens)
 
 
 BySeed = Mapping[tuple[object, object, object], Mapping[int, float]]
