@@ -42,7 +42,7 @@ from treadle.train.federated.checkpoint import RunFolder, facts_of
 from treadle.train.federated.factors import Factors
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.run import federate, in_process_grid
-from treadle.train.federated.standing import RoundReport, totals
+from treadle.train.federated.standing import RoundReport
 from treadle.train.rows import Row, encoded, shuffled
 from treadle.train.settings import PrivateSettings
 
@@ -188,9 +188,9 @@ class _Pilot:
             return Tried(trial, 0.0, memory=peak_bytes(device), failed=str(error))
         rows = self.stage.judging[trial.stage]
         accuracy = accuracy_of(self.stage.model, trained.factors, rows)
-        rounds = len(trained.reports)
-        most = max((client.up + client.down for client in totals(trained.reports)), default=0)
-        return Tried(trial, accuracy, most // rounds, trained.step_seconds, peak_bytes(device), trained.spent)
+        # Not the mean of the rounds: Flower sends equal tensors once, and in the first round all of B is zeros.
+        most = max(row.up + row.down for report in trained.reports for row in report.clients)
+        return Tried(trial, accuracy, most, trained.step_seconds, peak_bytes(device), trained.spent)
 
     def family(self, init: Init, seed: int) -> Path:
         """The folder of the family of this A, made once."""

@@ -40,7 +40,7 @@ class Tried:
     Attributes:
         trial: which.
         accuracy: on the half of the held-out rows that belongs to its stage; 0 where it failed.
-        round_bytes: up and down in a round, of the client with the most.
+        round_bytes: up and down, of the round and client with the most.
         step_seconds: of one private step of one client.
         memory: most bytes held, by the process in which all simulated clients take turns.
         spent: ε that the silos' data have spent in all by then; None on public rows.

@@ -152,7 +152,11 @@ def test_a_pilot_ends_in_a_run_that_can_be_started(made: tuple[Path, PilotResult
     assert run.work.max_grad_norm == 1.0
     assert (run.work.rounds, run.work.local_steps, run.name) == (3, 2, "signs")
     assert run_of(run, resume=False)[0].family.fingerprint == AdapterFamily.load(run.family).fingerprint
-    assert len(federate_in_process(run).reports) == 3
+    reports = federate_in_process(run).reports
+    assert len(reports) == 3
+    sizes = [max(row.up + row.down for row in report.clients) for report in reports]
+    assert sizes[0] < sizes[1]  # B is zeros in the first round, and Flower sends equal tensors once
+    assert found.decided.round_bytes == pytest.approx(max(sizes), abs=50), (found.decided.round_bytes, sizes)
 
 
 def test_what_a_pilot_reports_is_measured(made: tuple[Path, PilotResult]) -> None:
