@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from treadle.data.metrics import Choices, Code, ExactMatch, LabelLikelihood, Metric, compiled
-from treadle.data.prompts import Example, Row, fields_of, fill, value_of
+from treadle.data.examples import example_of, shown
+from treadle.data.metrics import Metric, compiled
+from treadle.data.prompts import Example, Row, fields_of, fill
 from treadle.data.reasoning import draw_questions
 from treadle.data.sources import read_rows
-from treadle.errors import ConfigError, FormatError, InputError
+from treadle.errors import ConfigError, InputError
 
 Split = Literal["train", "validation", "test"]
 Condition = Literal["trained", "variant", "paraphrase", "bare", "few-shot"]
@@ -158,16 +159,16 @@ class Task(Part):
         )
         if not forms:
             raise InputError("has no variants", where=f"task {self.name}", remedy="write some, or ask for none")
-        rows, shown = self.rows(split, data_root=data_root), ""
+        rows, solved = self.rows(split, data_root=data_root), ""
         if condition == "few-shot":
             train = self.rows("train", data_root=data_root)
             shots = [train[index] for index in _shuffled(len(train), seed)[: self.shots]]
-            shown = "".join(
+            solved = "".join(
                 f"{shot.prompt}{shot.completion}\n\n" for shot in (self._example(r, self.prompt) for r in shots)
             )
             rows = [row for row in rows if row not in shots]
         order = _shuffled(len(rows), seed)[:limit]
-        return [self._example(rows[index], forms[place % len(forms)], shown=shown) for place, index in enumerate(order)]
+        return [self._example(rows[index], forms[place % len(forms)], solved) for place, index in enumerate(order)]
 
     def rows(self, split: Split, *, data_root: Path | None = None) -> list[Row]:
         """The split's rows, in the order of their source; no two splits share the content of a row.
@@ -229,35 +230,13 @@ class Task(Part):
         return rows
 
     def _content(self, row: Row) -> str:
-        return " ".join(fill(self.bare, self._shown(row), where=f"task {self.name}").casefold().split())
+        where = f"task {self.name}"
+        return " ".join(fill(self.bare, shown(self.metric, row, where=where), where=where).casefold().split())
 
-    def _shown(self, row: Row) -> Row:
-        """The row as templates see it: choices as lettered lines."""
-        if not isinstance(self.metric, Choices):
-            return row
-        options = self.metric.options(row, where=f"task {self.name}")
-        return {**row, self.metric.choices: "\n".join(f"{letter}. {text}" for letter, text in options.items())}
-
-    def _example(self, row: Row, form: str, *, shown: str = "") -> Example:
-        where, metric, seen = f"task {self.name}", self.metric, self._shown(row)
-        prompt = shown + fill(form, seen, where=where)
-        if isinstance(metric, Code):
-            return Example(prompt, fill(self.completion, seen, where=where), program=metric.program(row, where=where))
-        label = value_of(row, metric.field, where=where)
-        if isinstance(metric, ExactMatch):
-            expected = metric.normalise(label)
-            if not expected:
-                raise FormatError(f"no answer in {label!r}", where=where, remedy="mend the row or metric.extract")
-            return Example(prompt, fill(self.completion, seen, where=where), label=expected)
-        texts = metric.labels if isinstance(metric, LabelLikelihood) else {key: key for key in metric.options(row)}
-        if label not in texts:
-            raise FormatError(
-                f"{metric.field} {label!r} is none of {', '.join(texts)}",
-                where=where,
-                remedy="mend the row or the task",
-            )
-        answers = {key: fill(self.completion, {**seen, metric.field: text}, where=where) for key, text in texts.items()}
-        return Example(prompt, answers[label], label=label, candidates=tuple(answers.values()))
+    def _example(self, row: Row, form: str, shots: str = "") -> Example:
+        where = f"task {self.name}"
+        prompt = shots + fill(form, shown(self.metric, row, where=where), where=where)
+        return example_of(prompt, self.completion, self.metric, row, where=where)
 
 
 def task_names() -> list[str]:

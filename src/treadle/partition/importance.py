@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from treadle import randomness
 from treadle.errors import InputError, MismatchError, TreadleError
 from treadle.example_gradients import per_example_gates, per_example_gradients
-from treadle.partition.units import Granularity, key, module_of, of_part
+from treadle.partition.units import Granularity, key, module_of
 from treadle.progress import Progress, silent
 
 Score = Literal["taylor", "gradient", "fisher", "printed"]
@@ -75,21 +75,6 @@ class Importance:
     samples: int
     units: Mapping[str, Float64[Tensor, "..."]]
     sizes: Mapping[str, int]
-
-    @property
-    def ranks(self) -> dict[str, Tensor]:
-        """Module → (rank,); empty at element granularity."""
-        return of_part(self.units, "rank")
-
-    @property
-    def lora_A(self) -> dict[str, Tensor]:
-        """Module → (rank, in_features); empty at rank granularity and where A is frozen."""
-        return of_part(self.units, "lora_A")
-
-    @property
-    def lora_B(self) -> dict[str, Tensor]:
-        """Module → (out_features, rank); empty at rank granularity."""
-        return of_part(self.units, "lora_B")
 
 
 def measure(

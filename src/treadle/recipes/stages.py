@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from treadle.configs.stages import RegionRun, StageRun, StagesRun, SystemSource, SystemTask
-from treadle.data.metrics import Code, ExactMatch, Metric
-from treadle.data.prompts import Example, Template
+from treadle.data.examples import example_of
+from treadle.data.metrics import Code, ExactMatch
+from treadle.data.prompts import Example, Template, fill
 from treadle.data.sources import read_rows
 from treadle.data.tasks import load_task
 from treadle.errors import InputError
@@ -159,20 +160,12 @@ def _of_source(name: str, data: SystemSource) -> list[Example]:
             if field not in row:
                 raise InputError(f"no field {field!r}", where=where, remedy="label the rows with treadle classify")
         if all(row[field] == value for field, value in data.where.items()):
-            prompt, completion = template.render(row, where=where)
-            found.append(_example(prompt, completion, data.metric, row, where))
+            prompt = fill(template.prompt, row, where=where)
+            found.append(example_of(prompt, template.completion, data.metric, row, where=where))
     if not found:
         wanted = ", ".join(f"{field} = {value!r}" for field, value in data.where.items())
         raise InputError(f"no row has {wanted}", where=f"system {name}", remedy="check the labels of the data")
     return found
-
-
-def _example(prompt: str, completion: str, metric: Metric | None, row: Mapping[str, object], where: str) -> Example:
-    if isinstance(metric, ExactMatch):
-        return Example(prompt, completion, label=metric.normalise(str(row.get(metric.field, ""))))
-    if isinstance(metric, Code):
-        return Example(prompt, completion, program=metric.program(row, where=where))
-    return Example(prompt, completion)
 
 
 def _answers(

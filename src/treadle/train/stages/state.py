@@ -20,7 +20,7 @@ from treadle.train.checkpoint import LOST, check_facts
 from treadle.train.stages.factors import Factors
 from treadle.train.stages.hosting import Record
 
-FORMAT = "treadle.stage/1"
+FORMAT = "treadle.stage/2"
 
 Facts = Mapping[str, str | int | float | bool | None]
 """What a run is; runs with equal facts make the same factors."""
@@ -28,10 +28,11 @@ Facts = Mapping[str, str | int | float | bool | None]
 
 @dataclass(frozen=True)
 class Kept:
-    """The factors after a part of a run, and what was told in it."""
+    """The factors after a part of a run, what was told in it, and how many examples it left out."""
 
     factors: Factors
     records: Sequence[Record]
+    left_out: int = 0
 
 
 def keep(path: Path, kept: Kept, facts: Facts) -> None:
@@ -42,8 +43,8 @@ def keep(path: Path, kept: Kept, facts: Facts) -> None:
         if kept.factors.moves_A:
             tensors[f"{name}/lora_A"] = kept.factors.lora_A[name].contiguous()
     records = [{"step": record.step, "values": dict(record.values)} for record in kept.records]
-    header = json.dumps({"format": FORMAT, "facts": dict(facts), "records": records})
-    files.write_bytes(path, save(tensors, {"run": header}))
+    header = {"format": FORMAT, "facts": dict(facts), "records": records, "left_out": kept.left_out}
+    files.write_bytes(path, save(tensors, {"run": json.dumps(header)}))
 
 
 def kept(path: Path, before: Factors, facts: Facts) -> Kept | None:
@@ -58,7 +59,7 @@ def kept(path: Path, before: Factors, facts: Facts) -> Kept | None:
     try:
         with safe_open(path, framework="pt") as stream:
             header = json.loads((stream.metadata() or {})["run"])
-        found = dict(header["facts"])
+        found, left_out = dict(header["facts"]), int(header["left_out"])
         records = [
             Record(int(record["step"]), {name: float(value) for name, value in record["values"].items()})
             for record in header["records"]
@@ -74,4 +75,4 @@ def kept(path: Path, before: Factors, facts: Facts) -> Kept | None:
             if stored is None or stored.shape != tensor.shape:
                 raise FormatError(f"{name!r} is missing or of another shape", where=path, remedy=LOST)
     lora_A = {name: tensors[f"{name}/lora_A"] for name in sides.get("lora_A", {})}
-    return Kept(before.moved(lora_A, {name: tensors[f"{name}/lora_B"] for name in before.lora_B}), records)
+    return Kept(before.moved(lora_A, {name: tensors[f"{name}/lora_B"] for name in before.lora_B}), records, left_out)

@@ -26,9 +26,11 @@ from treadle.evaluation.answers import Answering, correct
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import trainable_factors
 from treadle.partition.importance import Measured, Score, measure
+from treadle.partition.region_files import load_regions, save_regions
 from treadle.partition.regions import Regions
 from treadle.partition.units import Mask
 from treadle.progress import Progress, silent
+from treadle.train.checkpoint import check_facts
 from treadle.train.masked import MaskedAdamW, element_masks, masked_gradients
 from treadle.train.objectives import mean_losses
 from treadle.train.rows import Row, digest, encoded, shuffled
@@ -217,7 +219,7 @@ def train_in_stages(run: Run) -> Staged:
         rows = _mixture(run, partition.warm_up)
         factors, told = _part(run, first, factors, None, (WARM_UP, partition.warm_up, rows), facts)
         passed.append(told)
-    regions = _regions(run, factors) if partition.granularity != "none" else None
+    regions = _regions(run, factors, facts) if partition.granularity != "none" else None
     for number, assigned in enumerate(run.plan.stages, 1):
         name = f"stage-{number}"
         facts = facts | assigned.decisive(number)
@@ -270,7 +272,7 @@ def _part(
     name, stage, _ = task
     path = run.folder / f"{name}.safetensors"
     parameters = factors.trainable if region is None else region.parameters
-    found, left_out = kept(path, first, facts), 0
+    found = kept(path, first, facts)
     if found is None:
         hosting = Hosting(
             run.folder / name, _SAVE_STEPS, _look(run), run.plan.look_steps, _labelled(run.progress, name)
@@ -280,10 +282,10 @@ def _part(
             _optimizer(now, region, stage) as optimizer,
         ):
             records, left_out = _trained(run, now, optimizer, task, hosting)
-            found = Kept(now.now(), records)
+            found = Kept(now.now(), records, left_out)
         keep(path, found, facts)
         discard(hosting.folder)
-    return found.factors, Passed(name, found.records, parameters, left_out)
+    return found.factors, Passed(name, found.records, parameters, found.left_out)
 
 
 def _trained(
@@ -343,12 +345,18 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda description, done, total: progress(f"{name}: {description}", done, total)
 
 
-def _regions(run: Run, factors: Factors) -> Regions:
-    """What every system selects, from its own samples."""
-    partition = run.plan.partition
-    found = {name: _sums(run, factors, name) for name in run.systems}
-    facts = {"seed": partition.seed, "family": run.family.fingerprint}
-    regions = Regions.measured(found, theta=partition.theta, score=partition.score, facts=facts)
+def _regions(run: Run, factors: Factors, facts: Facts) -> Regions:
+    """What every system selects, from its own samples; from disk if they were measured before."""
+    partition, path = run.plan.partition, run.folder / "regions.safetensors"
+    if path.exists():
+        regions = load_regions(path)
+        check_facts(path, regions.facts, facts)
+    else:
+        found = {name: _sums(run, factors, name) for name in run.systems}
+        regions = Regions.measured(found, theta=partition.theta, score=partition.score, facts=facts)
+        save_regions(regions, path)
+    # The run's facts hold digests of its rows, and regions may leave its folder.
+    regions = replace(regions, facts={"seed": partition.seed, "family": run.family.fingerprint})
     return partition.control(regions) if partition.control else regions
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
+from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.peft_format import read_tensors
@@ -76,14 +77,28 @@ def test_the_adapter_opens_in_stock_peft(world: SimpleNamespace, folder: Path, t
 
 
 def test_the_same_run_again_is_read_and_another_is_refused(world: SimpleNamespace, folder: Path) -> None:
+    long = Example("question" + 12 * " w1" + " is", " a", "a")
+    letters = world.systems["letters"]
+    world.systems = {**world.systems, "letters": replace(letters, examples=[*letters.examples, long])}
     steps: list[str] = []
-    run = run_of(world, folder)
+    short = replace(RL, stage=replace(RL.stage, max_prompt_length=10))
+    run = run_of(world, folder, stages=(SFT, short))
     result = train_in_stages(run)
+    assert [part.left_out for part in result.passed] == [0, 0, 1]
     again = train_in_stages(replace(run, progress=lambda description, done, total: steps.append(description)))
-    assert not any("stage-" in step for step in steps)
+    assert not any("stage-" in step or "importance" in step for step in steps)
     assert all(torch.equal(again.factors.lora_B[name], B) for name, B in result.factors.lora_B.items())
-    assert [part.records for part in again.passed] == [part.records for part in result.passed]
+    assert again.passed == result.passed
+    assert result.regions is not None
+    assert again.regions is not None
+    assert again.regions.facts == result.regions.facts == {"seed": 0, "family": world.family.fingerprint}
+    for system in result.regions.systems:
+        selected = result.regions.selected[system].units
+        assert all(torch.equal(again.regions.selected[system].units[name], unit) for name, unit in selected.items())
     with pytest.raises(MismatchError, match="its theta is 0.8, this run's 0.7"):
+        train_in_stages(run_of(world, folder, replace(RANKS, theta=0.7)))
+    (folder / "warm-up.safetensors").unlink()
+    with pytest.raises(MismatchError, match=r"regions\.safetensors: its theta is 0.8"):
         train_in_stages(run_of(world, folder, replace(RANKS, theta=0.7)))
 
 
