@@ -60,6 +60,6 @@ def _in_stages(run: Path, allow_code_execution: bool, html: Path | None, *, json
         from treadle.reports.pages import write_page
         from treadle.reports.stages import stages_page
 
-        write_page(html, stages_page(trained))
+        write_page(html, stages_page(trained, repeats=config.repeats))
         remark(f"page: {html}")
     show_stages(trained, json=json)

@@ -12,6 +12,9 @@ from treadle.partition.importance import SCORES, Score
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import WITHOUT_IMPORTANCE, Start
 
+Repeats = Literal["gsm8k"]
+"""The tables of `reports/published.toml`."""
+
 
 class SystemTask(TaskData):
     """The training split of a task, as the data of a system.
@@ -111,6 +114,7 @@ class StagesRun(RunConfig):
         stages: in the order in which they are trained.
         base: where the family's base model is, if its own label does not say: catalogue name, folder or hub id.
         look_steps: steps between measurements of accuracy within a stage; 0 measures at its ends alone.
+        repeats: the published table whose training this is; the run's page then has the published figures beside it.
         minds: whether every system's own and shared ranks are saved beside `out` as an adapter of their own,
             `NAME-SYSTEM`, for a bank to route to.
         public: whether the data may be known; only then their digest is recorded in the adapter.
@@ -128,6 +132,7 @@ class StagesRun(RunConfig):
     stages: tuple[StageRun, ...] = Field(min_length=1)
     base: str | None = None
     look_steps: int = Field(default=0, ge=0)
+    repeats: Repeats | None = None
     minds: bool = False
     public: bool = False
     device: str = "auto"

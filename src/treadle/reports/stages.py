@@ -7,8 +7,9 @@ from markupsafe import Markup
 from treadle.recipes.stages import StagedAdapter
 from treadle.reports.charts import colours, legend, line_chart
 from treadle.reports.pages import rendered
+from treadle.reports.published import published
 from treadle.reports.regions import importance_map, region_map
-from treadle.train.stages.training import Passed
+from treadle.train.stages.training import Passed, Staged
 
 _CURVES: Mapping[str, str] = {
     "loss": "cross-entropy, nats a target token",
@@ -17,8 +18,8 @@ _CURVES: Mapping[str, str] = {
 }
 
 
-def stages_page(trained: StagedAdapter) -> str:
-    """The page of the run."""
+def stages_page(trained: StagedAdapter, *, repeats: str | None = None) -> str:
+    """The page of the run; `repeats` names the published table that stands beside its accuracy."""
     result, regions = trained.result, trained.result.regions
     moments = list(result.accuracy)
     systems = list(result.accuracy[moments[0]]) if moments else []
@@ -41,10 +42,20 @@ def stages_page(trained: StagedAdapter) -> str:
             ],
             "systems": systems,
             "accuracy": [(name, [f"{result.accuracy[name][s]:.3f}" for s in systems]) for name in moments],
+            "published": None if repeats is None else published(repeats),
+            "ours": [] if repeats is None else _ours(result),
             "answers": trained.answers,
             "facts": dict(trained.adapter.provenance.settings),
         },
     )
+
+
+def _ours(result: Staged) -> list[tuple[str, list[str]]]:
+    """(system, accuracy in per cent after the first stage and after the last), as the published columns have it."""
+    measured = [found for name, found in result.accuracy.items() if name != "before"]
+    if not measured:
+        return []
+    return [(system, [f"{100 * found[system]:.2f}" for found in (measured[0], measured[-1])]) for system in measured[0]]
 
 
 def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str, str, int]]:

@@ -3,19 +3,21 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from transformers import LlamaForCausalLM
 
 from treadle.configs.classify import ClassifyRun
 from treadle.configs.family import FamilyRun
-from treadle.configs.stages import StagesRun
+from treadle.configs.stages import Repeats, StagesRun
 from treadle.configs.toml import load_toml
 from treadle.errors import UnsupportedError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.recipes.stages import train_adapter_in_stages
+from treadle.reports.published import published
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "paper"
 RUNS = ("gsm8k", "mmlu", "humaneval")
@@ -51,6 +53,16 @@ def test_the_settings_are_the_published_ones(name: str) -> None:
     assert first.sft.batch_size * first.sft.gradient_accumulation_steps == 32
     assert (second.grpo.learning_rate, second.grpo.weight_decay, second.grpo.group) == (5e-6, 0.1, 8)
     assert (first.share, second.share) == (1.0, 1.0)
+    assert run.repeats == (name if name in get_args(Repeats) else None)
+
+
+@pytest.mark.parametrize("name", get_args(Repeats))
+def test_published_figures_are_whole(name: str) -> None:
+    table = published(name)
+    assert {len(row.values) for row in table.rows} == {len(table.columns)} == {2}  # as many as a run's own
+    by_method = {row.method: row.values[-1] for row in table.rows}
+    gain = by_method["LoRA-PAR, θ = 0.95"] - by_method["PiSSA+RL"]
+    assert f"{gain:.1f}" in table.remark
 
 
 def test_the_family_is_the_published_one() -> None:

@@ -25,6 +25,7 @@ name = "two"
 out = "{root}/two"
 minds = true
 look_steps = 2
+repeats = "gsm8k"
 
 [systems.fast]
 source = "{root}/rows.jsonl"
@@ -115,6 +116,11 @@ def test_a_run_makes_an_adapter_its_minds_its_regions_and_its_page(
     page = (root / "two.html").read_text()
     assert "question w" in page
     assert "Jaccard" in page
+    cells = [f"{100 * told['accuracy'][stage]['slow']:.2f}" for stage in ("stage-1", "stage-2")]
+    ours = re.search("<th>this run, slow</th>(.*)</tr>", page)
+    assert ours is not None
+    assert re.findall(r"\d+\.\d\d", ours[1]) == cells
+    assert re.search("θ = 0.95</th>.*30.86.*41.85", page)
     assert len(re.findall("<svg", page)) >= 4
     assert "://" not in re.sub(r'xmlns="[^"]*"', "", page)
     assert not list(root.glob(".two.*stages"))
