@@ -36,7 +36,8 @@ def run(arm: str, seed: int, *, summed: float, routed: float) -> dict:
 def test_every_way_is_held_against_the_sum_of_the_first_arm(config: ParMindsRun) -> None:
     first, second = (arm.name for arm in config.arms)
     runs = [run(first, seed, summed=0.5, routed=0.52 + 0.01 * (seed % 2)) for seed in config.seeds]
-    runs += [run(second, seed, summed=0.4, routed=0.45) for seed in config.seeds]
+    runs += [run(second, seed, summed=0.4, routed=0.45) for seed in config.seeds[1:]]
+    runs += [{"arm": second, "stage": "test", "seed": config.seeds[0], "factor": 1.0, "refused": "no rank is left"}]
     found = summary(config, runs)
     rows = {(row["arm"], row["way"]): row for row in found.rows if "way" in row}
     assert rows[first, "summed"]["minus_first_sum"] == 0.0
@@ -45,6 +46,7 @@ def test_every_way_is_held_against_the_sum_of_the_first_arm(config: ParMindsRun)
     assert rows[first, DEFAULT]["low"] == pytest.approx(0.025 - 2.3646 * 0.005 / math.sqrt(7), abs=1e-6)
     assert rows[second, "summed"]["minus_first_sum"] == pytest.approx(-0.1)
     assert rows[second, DEFAULT]["minus_first_sum"] == pytest.approx(-0.05)
+    assert [rows[arm, DEFAULT]["seeds"] for arm in (first, second)] == [8, 7]
     assert rows[first, DEFAULT]["reached"] == pytest.approx(0.75)
     assert rows[first, DEFAULT]["left_to_base"] == pytest.approx(0.1)
     assert "reached" not in rows[first, "public token"]  # it chooses anew at every token and layer

@@ -16,7 +16,7 @@ from treadle.configs.bench_claims import ParArm, ParClaimsRun, ParWorldRun
 from treadle.data.prompts import Example
 from treadle.evaluation.intervals import mean_interval
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.par_trials import Trial, World, arm_row, best_factor, paired, run_trials, tuned
+from treadle.recipes.bench.par_trials import Trial, World, arm_row, best_factor, paired, reported, run_trials, tuned
 from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, base_of, facts_of, metric_of, sums_of
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
 from treadle.train.rows import shuffled
@@ -137,7 +137,7 @@ def _dealt(known: Mapping[str, list[Example]], seed: int) -> dict[str, list[Exam
 
 def summary(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """A row an arm with its means, a row a claim with its interval and verdict, and what ours is worth."""
-    tested = [run for run in runs if run["stage"] == "test"]
+    tested = reported(runs)
     rows: list[dict[str, object]] = [arm_row(arm, tested, _MEASURES) for arm in config.arms]
     rows += [_claim_row(claim, tested) for claim in CLAIMS]
     ours, metrics = _ours(config, runs), dict[str, Metric]()
@@ -156,7 +156,7 @@ def summary(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> Bench
 
 def _ours(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> str:
     """The arm with regions that does best on the tuning seeds and trains few enough parameters; "" before they ran."""
-    searched = [run for run in runs if run["stage"] == "tune"]
+    searched = [run for run in runs if run["stage"] == "tune" and "refused" not in run]
 
     def allowed(arm: ParArm) -> bool:
         active = [cast("list[float]", run["active"]) for run in searched if run["arm"] == arm.name]

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -25,7 +26,7 @@ from treadle.family.adapter import Provenance
 from treadle.family.injection import inject
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.par_claims import BASE_SEED, size_of, world_of
-from treadle.recipes.bench.par_trials import Trained, arm_row, run_trials
+from treadle.recipes.bench.par_trials import Trained, arm_row, reported, run_trials
 from treadle.recipes.bench.par_world import RECALL, SUMS, public_text
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
 from treadle.recipes.evaluate import choices
@@ -63,7 +64,7 @@ def par_minds(config: ParMindsRun, *, runs: Path, work: Path, progress: Progress
         progress: told of every trial.
     """
     passages = public_text(size_of(config), seed=BASE_SEED)
-    world = replace(world_of(config, work, progress), also=lambda trained: measured(trained, passages))
+    world = replace(world_of(config, work, progress), also=partial(measured, passages=passages))
     run_trials(config, world, runs, progress)
     return summary(config, list(finished_runs(runs)))
 
@@ -151,7 +152,7 @@ def summary(config: ParMindsRun, runs: Sequence[Mapping[str, object]]) -> Benchm
 
     The metrics speak of the first arm, routed as a bank does by default.
     """
-    tested = [run for run in runs if run["stage"] == "test"]
+    tested = reported(runs)
     arms = {arm.name: [run for run in tested if run["arm"] == arm.name] for arm in config.arms}
     rows = [arm_row(arm, tested, _MEASURES) for arm in config.arms]
     first = arms[config.arms[0].name]

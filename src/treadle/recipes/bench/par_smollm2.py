@@ -19,7 +19,7 @@ from treadle.data.tasks import Task, load_task
 from treadle.evaluation.intervals import mean_interval, sign_flip_p
 from treadle.models.loading import model_folder
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.par_trials import Trial, World, arm_row, paired, run_trials
+from treadle.recipes.bench.par_trials import Trial, World, arm_row, paired, reported, run_trials
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
 from treadle.train.stages.training import System
 
@@ -97,7 +97,7 @@ def _system(config: ParSmollm2Run, trial: Trial, task: Task, data: Path | None) 
 
 def summary(config: ParSmollm2Run, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """A row an arm with its means and its difference from the peer, paired by seed, with a 95% interval."""
-    tested = [run for run in runs if run["stage"] == "test"]
+    tested = reported(runs)
     rows: list[dict[str, object]] = []
     for arm in config.arms:
         row = arm_row(arm, tested, _MEASURES)

@@ -4,6 +4,7 @@ tune   every arm on one grid of learning rates, on worlds of their own
 test   every arm at its best rate, on fresh worlds, paired by world
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Literal, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.configs.bench_claims import ParArm, ParTrials
+from treadle.errors import InputError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -73,11 +75,22 @@ class World:
 
 
 def run_trials(config: ParTrials, world: World, runs: Path, progress: Progress) -> None:
-    """Do every trial that `runs` lacks."""
+    """Do every trial that `runs` lacks; one that cannot be trained, because no rank is left, is recorded as refused."""
     expected = len(config.arms) * (len(config.factors) * len(config.tuning_seeds) + len(config.seeds))
     for trial in _missing(config, runs):
         progress(", ".join(map(str, trial.key().values())), len(list(finished_runs(runs))), expected)
-        record_run(runs, judged(config, trial, world))
+        try:
+            record = judged(config, trial, world)
+        except InputError as error:
+            if error.where != "region":
+                raise
+            record = {**trial.key(), "refused": str(error), "commit": commit()}
+        record_run(runs, record)
+
+
+def reported(runs: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """The runs of the reported worlds, but for those that were refused."""
+    return [run for run in runs if run["stage"] == "test" and "refused" not in run]
 
 
 def _missing(config: ParTrials, runs: Path) -> Iterator[Trial]:
@@ -102,16 +115,18 @@ def best_factor(config: ParTrials, runs: Sequence[Mapping[str, object]], arm: Pa
 def tuned(runs: Sequence[Mapping[str, object]], arm: ParArm, factor: float) -> float:
     """The mean over the tuning seeds, at this factor, of the measure that the arm's rate is chosen by."""
     key = {"arm": arm.name, "stage": "tune", "factor": factor}
-    return fmean([cast("float", run[arm.merit]) for run in runs if key.items() <= run.items()])
+    merits = [cast("float", run[arm.merit]) for run in runs if key.items() <= run.items() and "refused" not in run]
+    return fmean(merits) if merits else -math.inf
 
 
 def judged(config: ParTrials, trial: Trial, world: World) -> dict[str, object]:
     """The trial's record: what it is, accuracies, rewards, shares of parameters, seconds."""
     begun = time.monotonic()
     trained = _trained(config, trial, world)
-    also = world.also(trained) if world.also else {}
-    seconds = round(time.monotonic() - begun, 1)
-    return trial.key() | _measures(trained.made) | also | {"seconds": seconds, "commit": commit()}
+    record = {**trial.key(), **_measures(trained.made)}
+    if world.also is not None:
+        record |= world.also(trained)
+    return {**record, "seconds": round(time.monotonic() - begun, 1), "commit": commit()}
 
 
 def _trained(config: ParTrials, trial: Trial, world: World) -> Trained:
