@@ -7,9 +7,11 @@ Checkpoints within a stage are the Trainer's own and live in the run's folder un
 states and moments are torch files, which the Trainer opens as weights only.
 """
 
+import contextlib
+import json
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from treadle.errors import InputError, TreadleError
+from treadle.errors import InputError, TreadleError, UnavailableError
 from treadle.progress import Progress, silent
 from treadle.train.stages.acting import Acting
 from treadle.train.stages.settings import Stage
@@ -157,6 +159,7 @@ def run_to_the_end(trainer: Trainer, hosting: Hosting, told: Told) -> None:
 
     Raises:
         TreadleError: the loss is not finite.
+        UnavailableError: a checkpoint cannot be written; the one before it stands.
     """
     trainer.remove_callback(PrinterCallback)
     found = last_checkpoint(hosting.folder)
@@ -166,17 +169,42 @@ def run_to_the_end(trainer: Trainer, hosting: Hosting, told: Told) -> None:
             Record(int(entry["step"]), {name: float(value) for name, value in entry.items() if name != "step"})
             for entry in state.log_history
         ]
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    with _writing(trainer, hosting.folder):
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
     for record in told.records:
         loss = record.values.get("loss", 0.0)
         if not -float("inf") < loss < float("inf"):
             raise TreadleError(f"the loss is {loss} at step {record.step}", remedy="lower learning_rate")
 
 
+@contextlib.contextmanager
+def _writing(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """A block in which the Trainer's failure to write a checkpoint is one line, whichever library wrote."""
+    try:
+        yield
+    except Exception as error:  # open, torch, safetensors and tokenizers have each their own
+        if not any(frame.f_code.co_name == "_save_checkpoint" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        raise UnavailableError(
+            f"cannot write the checkpoint ({error.strerror if isinstance(error, OSError) else error})",
+            where=folder / f"checkpoint-{trainer.state.global_step}",
+            remedy="free space and run it again: it goes on from the checkpoint before",
+        ) from error
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end: the Trainer's state is its last file."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file was written to its end."""
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def discard(folder: Path) -> None:
@@ -184,7 +212,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
     """A block in which the tokenizer pads, with its end of sequence if it has no token for it; then it is as before.
 

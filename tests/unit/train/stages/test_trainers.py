@@ -1,5 +1,6 @@
 """TRL's trainers as hosts: their own trajectory where all is trained, and runs that go on where they were killed."""
 
+import resource
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from treadle.errors import InputError, TreadleError
+from treadle.errors import InputError, TreadleError, UnavailableError
 from treadle.train.rows import encoded
 from treadle.train.settings import SftSettings
 from treadle.train.stages.acting import acting, all_ranks
@@ -151,11 +152,37 @@ def test_a_killed_stage_goes_on_as_if_it_had_not_been(
     found = last_checkpoint(folder / "killed")
     assert found is not None
     assert found.name == "checkpoint-4"
-    (folder / "killed" / "checkpoint-5").mkdir()  # begun, and never written to its end
+    for begun, written in (("checkpoint-5", ""), ("checkpoint-6", '{"global_step": 6, "log_hist')):
+        (folder / "killed" / begun).mkdir()
+        (folder / "killed" / begun / "trainer_state.json").write_text(written)  # its last file, never to its end
     again, rest = ours(world, stage, Hosting(folder / "killed", save_steps=2))
     for name, B in whole.lora_B.items():
         assert torch.equal(again.lora_B[name], B)
     assert [r.step for r in rest.records] == [r.step for r in told.records]
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line_and_loses_nothing(world: SimpleNamespace, folder: Path) -> None:
+    whole, _ = ours(world, SFT, Hosting(folder / "whole"))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for file in ("adapter_config.json", "optimizer.pt"):  # a small file, and one that torch writes
+
+        def fill(description: str, done: int, total: int, file: str = file) -> None:
+            if done == 3:
+                size = (folder / "full" / "checkpoint-2" / file).stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, unlimited[1]))
+
+        try:
+            with pytest.raises(
+                UnavailableError, match="cannot write the checkpoint .*; free space and run it"
+            ) as raised:
+                ours(world, SFT, Hosting(folder / "full", save_steps=2, progress=fill))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert str(raised.value).startswith(str(folder / "full" / "checkpoint-4"))
+        assert "\n" not in str(raised.value)
+        assert last_checkpoint(folder / "full") == folder / "full" / "checkpoint-2"
+    again, _ = ours(world, SFT, Hosting(folder / "full", save_steps=2))
+    assert all(torch.equal(again.lora_B[name], B) for name, B in whole.lora_B.items())
 
 
 def test_a_tokenizer_without_padding_or_beginning_is_used_and_left_as_it_was(
