@@ -34,6 +34,7 @@ def show_pilot(found: PilotResult, *, json: bool) -> None:
             for row in found.curve
         ],
     )
+    say(f"the base alone, untrained: {found.untrained:.4g}")
     for check in found.checks:
         if not check.holds:
             remark(f"{check.name} is {check.found:.6g}, the threshold {check.wanted:.6g}")
@@ -48,6 +49,7 @@ def _content(found: PilotResult, page: Path) -> dict[str, object]:
         "page": page,
         "private": found.config.private,
         "decided": found.decided.epsilon,
+        "untrained": found.untrained,
         "checks": [asdict(check) for check in found.checks],
         "curve": [
             {

@@ -80,7 +80,8 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
         reported = tuple(tried(Trial(best, epsilon, seed, "report")) for seed in config.trials.seeds)
         searched += here
         curve.append(work.at(epsilon, best, reported))
-    return _decided(config, tuple(searched), tuple(curve))
+    untrained = accuracy_of(work.stage.model, Factors({}, {}), work.stage.judging["report"])
+    return _decided(config, tuple(searched), tuple(curve), untrained)
 
 
 def _write_down(config: PilotRun) -> None:
@@ -322,7 +323,9 @@ def _checks(config: PilotRun, row: AtEpsilon) -> tuple[Check, ...]:
     return (accuracy, *rest)
 
 
-def _decided(config: PilotRun, searched: tuple[Tried, ...], curve: tuple[AtEpsilon, ...]) -> PilotResult:
+def _decided(
+    config: PilotRun, searched: tuple[Tried, ...], curve: tuple[AtEpsilon, ...], untrained: float
+) -> PilotResult:
     """The smallest ε that may go, and its run; else the row that comes closest, and no run."""
     path = config.out / RUN
     for row in curve:
@@ -330,11 +333,11 @@ def _decided(config: PilotRun, searched: tuple[Tried, ...], curve: tuple[AtEpsil
         if all(check.holds for check in checks):
             files.write_bytes(path, _run_text(config, row).encode())
             load_toml(path, FederateRun)
-            return PilotResult(config, searched, curve, row, checks, path)
+            return PilotResult(config, searched, curve, untrained, row, checks, path)
     path.unlink(missing_ok=True)
     within = [row for row in curve if acceptable(row.epsilon, config.go)] or list(curve)
     best = max(within, key=lambda row: row.accuracy.low)
-    return PilotResult(config, searched, curve, best, _checks(config, best), None)
+    return PilotResult(config, searched, curve, untrained, best, _checks(config, best), None)
 
 
 def _run_text(config: PilotRun, row: AtEpsilon) -> str:

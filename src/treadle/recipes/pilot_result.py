@@ -126,6 +126,7 @@ class PilotResult:
         config: what was tried.
         searched: the trials that chose.
         curve: a row an ε, the strongest privacy first.
+        untrained: accuracy of the base alone, on the rows that judge the curve.
         decided: the row that the decision is about: the smallest ε that may go, else the acceptable one with the best
             accuracy.
         checks: of that row.
@@ -135,6 +136,7 @@ class PilotResult:
     config: PilotRun
     searched: tuple[Tried, ...]
     curve: tuple[AtEpsilon, ...]
+    untrained: float
     decided: AtEpsilon
     checks: tuple[Check, ...]
     run: Path | None

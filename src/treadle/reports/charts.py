@@ -301,5 +301,8 @@ def _text(x: float, y: float, content: str, anchor: str, kind: str = "ink") -> M
 
 
 def _svg(parts: Sequence[Markup], width: float, height: float, title: str) -> Markup:
-    head = '<svg role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" style="max-width:{:.0f}px">{}</svg>'
-    return Markup(head).format(escape(title), width, height, width, Markup("").join(parts))
+    head = (
+        '<svg role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" '
+        'style="max-width:{:.0f}px;--width:{:.0f}px">{}</svg>'
+    )
+    return Markup(head).format(escape(title), width, height, width, width, Markup("").join(parts))

@@ -38,7 +38,7 @@ def pilot_page(found: PilotResult) -> str:
         "spent": max((each.spent for each in _all(found) if each.spent is not None), default=None),
         "whole": {
             "rounds × clients": f"{rounds:,} × {clients:,}",
-            "bytes of B, all rounds and clients": f"{rounds * clients * row.round_bytes:,}",
+            "bytes of B, all rounds and clients": f"at most {rounds * clients * row.round_bytes:,}",
             "private steps of one client": f"{rounds * work.local_steps * row.step_seconds / 3600:.2f} hours",
         },
     }

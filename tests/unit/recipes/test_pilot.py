@@ -18,12 +18,13 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.heads import with_head
-from treadle.models.loading import load_model
+from treadle.models.loading import load_model, load_tokenizer
 from treadle.privacy.accounting import calibrated_noise_multiplier
 from treadle.privacy.ledger import Ledger
 from treadle.recipes.federate import federate_in_process, run_of
 from treadle.recipes.pilot import TRIALS, pilot
 from treadle.recipes.pilot_result import PilotResult, Point, Trial, Tried
+from treadle.train.rows import shuffled
 
 runner = CliRunner()
 
@@ -261,6 +262,15 @@ def test_a_language_model_is_judged_by_what_it_would_write(
     assert 0.0 <= found.curve[0].accuracy.estimate <= 1.0
 
 
+def accuracy_untrained(root: Path) -> float:
+    """Of the base without an adapter, on the second half of the rows held out, one row at a time."""
+    model, tokenizer = load_model(str(root / "base")), load_tokenizer(str(root / "base"))
+    public = [json.loads(line) for line in (root / "public.jsonl").read_text().splitlines()]
+    judging = [public[place] for place in shuffled(len(public), 0, "held out")[10:20]]
+    best = [int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in judging]
+    return sum(model.config.id2label[n] == row["label"] for n, row in zip(best, judging, strict=True)) / len(judging)
+
+
 def test_the_page_and_the_command(made: tuple[Path, PilotResult]) -> None:
     root, _ = made
     configured(root)
@@ -268,10 +278,12 @@ def test_the_page_and_the_command(made: tuple[Path, PilotResult]) -> None:
     assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     assert content["go"] is True
+    assert content["untrained"] == accuracy_untrained(root)
     assert {row["epsilon"] for row in content["curve"]} == {2.0, "none"}
     page = (root / "pilot" / "pilot.html").read_text()
     assert "signs: go" in page
     assert "so that the search has cost no ε" in page
+    assert f"untrained, has {content['untrained']:.3f} on the same rows" in page
     assert "<script" not in page
     assert tomllib.loads((root / "pilot" / "run.toml").read_text())["name"] == "signs"
     plain = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml")])
