@@ -44,4 +44,6 @@ def test_trends_are_paired_by_seed(config: RankDepthRun, tmp_path: Path) -> None
     assert [row["trend"] for row in result.rows] == pytest.approx([-0.5, 1.0, -1.0])
     assert result.rows[0]["scores"] == pytest.approx([1.5, 0.5, 1.0])
     assert result.metrics["least_excess_of_trend"].value == pytest.approx(1.5)
+    assert [row["agreement"] for row in result.rows] == pytest.approx([1.0, -0.5, 0.5])
+    assert result.metrics["agreement_of_piling_up"].value == pytest.approx(-0.5)
     assert result.metrics["bases_with_a_trend_by_piling_up"].value == 1

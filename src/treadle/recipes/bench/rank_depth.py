@@ -2,6 +2,7 @@
 
 for each base and seed: the probe with its reset, and without it in the model's order and in the opposite one
 trend = rank correlation of the scores with the modules' places in the model, -1 to 1
+agreement = rank correlation of the scores with those of the probe with its reset
 
 Without a reset a module is scored with the noise of all modules before it. If the trend comes from that, it turns round
 when the modules are visited from the last to the first.
@@ -87,12 +88,15 @@ def _scores(model: PreTrainedModel, inputs: ProbeInputs, config: RankDepthRun, *
 
 def trend(scores: Sequence[float]) -> float:
     """The rank correlation of scores, in the model's order, with their places in it."""
-    places = range(len(scores))
-    return spearman(dict(zip(map(str, places), scores, strict=True)), {str(place): float(place) for place in places})
+    return _correlation(scores, [float(place) for place in range(len(scores))])
+
+
+def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    return spearman(*({str(place): score for place, score in enumerate(scores)} for scores in (first, second)))
 
 
 def summary(config: RankDepthRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
-    """A row a base and arm: the trend with its 95% interval over seeds, and the scores, their mean over modules 1."""
+    """A row a base and arm: trend with its 95% interval over seeds, agreement, scores (their mean over modules 1)."""
     rows: list[dict[str, object]] = []
     excess: list[Interval] = []
     for base in config.bases:
@@ -111,6 +115,7 @@ def summary(config: RankDepthRun, runs: Sequence[Mapping[str, object]]) -> Bench
         excess.append(mean_interval([trends[PILED][seed] - trends[RESET][seed] for seed in seeds]))
         for arm in ARMS:
             interval = mean_interval([trends[arm][seed] for seed in seeds])
+            agreement = fmean(_correlation(found[arm][seed], found[RESET][seed]) for seed in seeds)
             rows.append(
                 {
                     "base": base,
@@ -119,13 +124,15 @@ def summary(config: RankDepthRun, runs: Sequence[Mapping[str, object]]) -> Bench
                     "trend": interval.estimate,
                     "low": interval.low,
                     "high": interval.high,
+                    "agreement": agreement,
                     "scores": _profile([found[arm][seed] for seed in seeds]),
                 }
             )
+    piled = [cast("float", row["agreement"]) for row in rows if row["arm"] == PILED]
     metrics = {
-        "bases": Metric(float(len(excess)), "1"),
         "bases_with_a_trend_by_piling_up": Metric(float(sum(interval.low > 0 for interval in excess)), "1"),
         "least_excess_of_trend": Metric(min((interval.estimate for interval in excess), default=float("nan")), "1"),
+        "agreement_of_piling_up": Metric(fmean(piled) if piled else float("nan"), "1"),
     }
     return BenchmarkResult(NAME, device_name(), commit(), config.model_dump(mode="json"), metrics, rows)
 
