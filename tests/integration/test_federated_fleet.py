@@ -34,7 +34,7 @@ PROMPTS = {
 LABELS = {"signs": ("good", "bad"), "films": ("yes", "no"), "counts": ("positive", "negative")}
 # The noise is never seeded, so the rows must drown it: a batch of 40 of 120 sent prompts astray in one run of ten.
 ROWS = 600
-WORK = "rounds = 2\nlocal_steps = 4\nexpected_batch = 200\nlearning_rate = 4.0"
+WORK = "rounds = 1\nlocal_steps = 8\nexpected_batch = 200\nlearning_rate = 4.0"
 PUBLIC = "who where when a colour of the answer ( not bad ) is : 1 2 3 + 4 = n o p q r s t u v x y z w41 w42 w43 w44"
 
 BUILD = """
@@ -179,7 +179,7 @@ def check_privacy(apart: Path, spent: Mapping[str, dict[str, float]]) -> None:
         assert stated.epsilon == max(by_silo.values())
     first, second, third = spent.values()
     for name, epsilon in SILOS.items():
-        assert 0.99 * epsilon < first[name] <= epsilon  # calibrated for two rounds and no reserve
+        assert 0.99 * epsilon < first[name] <= epsilon  # calibrated for the rounds and no reserve
         # Composed over the runs: more than before, and less than the runs' own ε together.
         assert first[name] < second[name] < third[name] < 3 * first[name]
     found = inspect(apart / "bank", base=str(apart / "base")).privacy
