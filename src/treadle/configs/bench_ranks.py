@@ -151,6 +151,10 @@ class RankWorthRun(RunConfig):
         return self
 
 
+Way = Literal["full", "LoRA", "B alone"]
+"""What a training moves."""
+
+
 class RankChangeRun(RunConfig):
     """`rank-change`; base, rows, epochs and probe texts are those of `rank-worth`.
 
@@ -166,4 +170,4 @@ class RankChangeRun(RunConfig):
     probes: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=2)
     mean_rank: int = Field(ge=1)
-    learning_rates: dict[Literal["full", "LoRA", "B alone"], float] = Field(min_length=1)
+    learning_rates: dict[Way, float] = Field(min_length=1)

@@ -1,11 +1,15 @@
 """What tests of recipes share: stored tiny bases, rows, a fleet that grows in seconds, a silo's TOML."""
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from treadle.configs.bench_claims import ParWorldRun
 from treadle.configs.fleet import FleetSettings
 from treadle.train.settings import SftSettings
 
@@ -58,6 +62,35 @@ def tiny_sst2(tmp_path: Path) -> Path:
         rows = [{"text": f"{name} film {i}", "label": ("negative", "positive")[i % 2]} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path / "data"
+
+
+Study = TypeVar("Study", bound=ParWorldRun)
+
+
+@pytest.fixture
+def smallest_world() -> Callable[[Study, Sequence[str], int], Study]:
+    """Makes a study of LoRA-PAR in its small world as small as it can be: these arms, so many layers."""
+
+    def made(config: Study, arms: Sequence[str], layers: int) -> Study:
+        return config.model_copy(
+            update={
+                "base_steps": 2,
+                "width": 16,
+                "layers": layers,
+                "arms": tuple(arm for arm in config.arms if arm.name in arms),
+                "factors": (1.0,),
+                "tuning_seeds": (100,),
+                "seeds": (0,),
+                "test_sums": 4,
+                "sums": 40,
+                "samples": 16,
+                "warm_up": replace(config.warm_up, steps=2),
+                "sft": replace(config.sft, steps=2),
+                "grpo": replace(config.grpo, steps=1, prompts=1),
+            }
+        )
+
+    return made
 
 
 @pytest.fixture(scope="session")

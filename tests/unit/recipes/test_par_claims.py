@@ -1,7 +1,6 @@
 """The study of LoRA-PAR's claims: its world, its trials, and how verdicts are reached."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,24 +111,8 @@ def test_a_study_without_all_seeds_judges_nothing(config: ParClaimsRun) -> None:
     assert paired([run("full", "test", 0, 0.5)], "full", "dense", "accuracy") == []
 
 
-def test_a_small_study_runs_and_resumes(config: ParClaimsRun, tmp_path: Path) -> None:
-    small = config.model_copy(
-        update={
-            "base_steps": 2,
-            "width": 16,
-            "layers": 1,
-            "arms": tuple(arm for arm in config.arms if arm.name in ("rank .8", "full")),
-            "factors": (1.0,),
-            "tuning_seeds": (100,),
-            "seeds": (0,),
-            "test_sums": 4,
-            "sums": 40,
-            "samples": 16,
-            "warm_up": replace(config.warm_up, steps=2),
-            "sft": replace(config.sft, steps=2),
-            "grpo": replace(config.grpo, steps=1, prompts=1),
-        }
-    )
+def test_a_small_study_runs_and_resumes(config: ParClaimsRun, smallest_world, tmp_path: Path) -> None:
+    small = smallest_world(config, ("rank .8", "full"), 1)
     runs = tmp_path / "runs.jsonl"
     found = par_claims(small, runs=runs, work=tmp_path)
     recorded = list(finished_runs(runs))

@@ -1,7 +1,6 @@
 """The study of routed minds: who answers what in which way, and what is held against what."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,24 +75,8 @@ def test_public_text_is_all_that_the_base_knows_and_as_many_sums() -> None:
     assert sorted(one.index("=") for one in text if one.startswith("sum")) == [8] * 4 + [10] * 4
 
 
-def test_a_small_study_answers_in_every_way_and_resumes(config: ParMindsRun, tmp_path: Path) -> None:
-    small = config.model_copy(
-        update={
-            "base_steps": 2,
-            "width": 16,
-            "layers": 2,
-            "arms": config.arms[:1],
-            "factors": (1.0,),
-            "tuning_seeds": (100,),
-            "seeds": (0,),
-            "test_sums": 4,
-            "sums": 40,
-            "samples": 16,
-            "warm_up": replace(config.warm_up, steps=2),
-            "sft": replace(config.sft, steps=2),
-            "grpo": replace(config.grpo, steps=1, prompts=1),
-        }
-    )
+def test_a_small_study_answers_in_every_way_and_resumes(config: ParMindsRun, smallest_world, tmp_path: Path) -> None:
+    small = smallest_world(config, (config.arms[0].name,), 2)
     runs = tmp_path / "runs.jsonl"
     par_minds(small, runs=runs, work=tmp_path)
     recorded = list(finished_runs(runs))

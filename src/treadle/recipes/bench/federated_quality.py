@@ -21,7 +21,6 @@ from typing import cast
 
 from treadle.configs.bench_federated import FederatedCell, FederatedQualityRun, GridPoint
 from treadle.data.tasks import Task, load_task
-from treadle.errors import InputError
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -35,6 +34,7 @@ from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
     commit,
+    data_of,
     device_name,
     finished_runs,
     is_recorded,
@@ -95,8 +95,7 @@ def federated_quality(
     Raises:
         InputError: no data folder.
     """
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     loaded: dict[str, Classification] = {}
     for trial in _trials(config, runs):
         task = trial.cell.task
@@ -112,8 +111,7 @@ def quick_federated_quality(
     config: FederatedQualityRun, *, work: Path, data: Path | None, progress: Progress = silent
 ) -> BenchmarkResult:
     """One cell, one point of the grid, two rounds: shows that everything works and decides nothing."""
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     small = config.model_copy(
         update={"cells": config.cells[:1], "grid": config.grid[:1], "rounds": 2, "train_limit": 240, "test_limit": 64}
     )

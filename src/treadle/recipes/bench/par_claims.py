@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from treadle.configs.bench_claims import ParArm, ParClaimsRun, ParWorldRun
 from treadle.data.prompts import Example
@@ -23,6 +23,7 @@ from treadle.train.rows import shuffled
 from treadle.train.stages.training import System
 
 NAME = "par-claims"
+Config = TypeVar("Config", bound=ParWorldRun)
 FULL, DENSE = "full", "dense"
 BASE_SEED = 0
 _MEASURES = ("accuracy", "recall", "sums", "recall_first", "sums_first")
@@ -74,9 +75,16 @@ def par_claims(config: ParClaimsRun, *, runs: Path, work: Path, progress: Progre
 
 def quick_par_claims(config: ParClaimsRun, *, work: Path, progress: Progress = silent) -> BenchmarkResult:
     """Two arms, one rate, a base of a few steps: shows that everything works and decides nothing."""
-    small = config.model_copy(
+    small = barely_trained(config, ("rank .8", FULL, DENSE))
+    runs = work / "quick" / "runs.jsonl"
+    return par_claims(small, runs=runs, work=work / "quick", progress=progress).undecided()
+
+
+def barely_trained(config: Config, arms: Sequence[str]) -> Config:
+    """The study with these arms alone, one rate and world, a base of a few steps."""
+    return config.model_copy(
         update={
-            "arms": tuple(arm for arm in config.arms if arm.name in ("rank .8", FULL, DENSE)),
+            "arms": tuple(arm for arm in config.arms if arm.name in arms),
             "base_steps": 60,
             "factors": config.factors[:1],
             "tuning_seeds": config.tuning_seeds[:1],
@@ -87,8 +95,6 @@ def quick_par_claims(config: ParClaimsRun, *, work: Path, progress: Progress = s
             "test_sums": 50,
         }
     )
-    runs = work / "quick" / "runs.jsonl"
-    return par_claims(small, runs=runs, work=work / "quick", progress=progress).undecided()
 
 
 def size_of(config: ParWorldRun) -> WorldSize:

@@ -25,7 +25,7 @@ from treadle.evaluation.intervals import mean_interval
 from treadle.family.adapter import Provenance
 from treadle.family.injection import inject
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.par_claims import BASE_SEED, size_of, world_of
+from treadle.recipes.bench.par_claims import BASE_SEED, barely_trained, size_of, world_of
 from treadle.recipes.bench.par_trials import Trained, arm_row, reported, run_trials
 from treadle.recipes.bench.par_world import RECALL, SUMS, public_text
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
@@ -71,19 +71,7 @@ def par_minds(config: ParMindsRun, *, runs: Path, work: Path, progress: Progress
 
 def quick_par_minds(config: ParMindsRun, *, work: Path, progress: Progress = silent) -> BenchmarkResult:
     """One arm, one rate, a base of a few steps: shows that everything works and decides nothing."""
-    small = config.model_copy(
-        update={
-            "arms": config.arms[:1],
-            "base_steps": 60,
-            "factors": config.factors[:1],
-            "tuning_seeds": config.tuning_seeds[:1],
-            "seeds": config.seeds[:1],
-            "sft": replace(config.sft, steps=6),
-            "grpo": replace(config.grpo, steps=3),
-            "warm_up": replace(config.warm_up, steps=6),
-            "test_sums": 50,
-        }
-    )
+    small = barely_trained(config, (config.arms[0].name,))
     runs = work / "quick" / "runs.jsonl"
     return par_minds(small, runs=runs, work=work / "quick", progress=progress).undecided()
 

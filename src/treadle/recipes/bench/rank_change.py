@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treadle.configs.bench_ranks import RankChangeRun, RankWorthRun
-from treadle.errors import InputError
+from treadle.configs.bench_ranks import RankChangeRun, RankWorthRun, Way
 from treadle.evaluation.intervals import mean_interval
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes, trainable_factors
@@ -37,6 +36,7 @@ from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
     commit,
+    data_of,
     device_name,
     finished_runs,
     is_recorded,
@@ -81,8 +81,7 @@ def rank_change(
     Raises:
         InputError: no data folder.
     """
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(worth.model_copy(update={"dtype": "float32"}), data, work, progress)
     for task in config.tasks:
@@ -120,8 +119,8 @@ def _found(bench: Bench, config: RankChangeRun, read: Classification, key: Mappi
     if "probe" in key:
         scores = bench.scores(str(key["task"]), str(key["probe"]), read, mean_rank=config.mean_rank)
         return {"scores": scores.means()}
-    way, seed = str(key["trained"]), cast("int", key["seed"])
-    rate = {str(name): rate for name, rate in config.learning_rates.items()}[way]
+    way, seed = cast("Way", key["trained"]), cast("int", key["seed"])
+    rate = config.learning_rates[way]
     settings = replace(bench.config.sft, learning_rate=rate, seed=seed, max_length=bench.config.max_length)
     changes, accuracy = (
         _full(read, settings) if way == "full" else _low_rank(read, settings, config.mean_rank, moves_A=way == "LoRA")

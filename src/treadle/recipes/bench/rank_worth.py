@@ -23,7 +23,6 @@ from typing import Literal, cast
 from treadle.configs.bench_ranks import RankArm, RankCell, RankWorthRun
 from treadle.data.public_text import public_texts
 from treadle.data.tasks import load_task
-from treadle.errors import InputError
 from treadle.evaluation.intervals import mean_interval, sign_flip_p
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -41,6 +40,7 @@ from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
     commit,
+    data_of,
     device_name,
     finished_runs,
     is_recorded,
@@ -152,8 +152,7 @@ def rank_worth(
     Raises:
         InputError: no data folder.
     """
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, data, work, progress)
     task, read = "", None

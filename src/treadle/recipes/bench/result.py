@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from treadle import files
+from treadle.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ def finished_runs(path: Path) -> Iterator[dict[str, object]]:
 def is_recorded(path: Path, key: Mapping[str, object]) -> bool:
     """Whether a finished run has all of these entries."""
     return any(key.items() <= run.items() for run in finished_runs(path))
+
+
+def data_of(data: Path | None) -> Path:
+    """The folder of the data sets.
+
+    Raises:
+        InputError: nobody has named one.
+    """
+    if data is None:
+        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    return data
 
 
 def record_run(path: Path, run: Mapping[str, object]) -> None:

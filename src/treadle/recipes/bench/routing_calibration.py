@@ -6,7 +6,6 @@ Prompts of tasks that have an adapter are inside, questions of other tasks outsi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -18,9 +17,17 @@ from transformers import PreTrainedTokenizerBase
 from treadle.configs.bench import PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
 from treadle.data.prompts import Example
 from treadle.data.tasks import load_task
-from treadle.errors import InputError
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.recipes.bench.result import (
+    BenchmarkResult,
+    Metric,
+    commit,
+    data_of,
+    device_name,
+    finished_runs,
+    record_run,
+)
+from treadle.recipes.bench.routing_quality import barely_trained
 from treadle.recipes.calibration import PublicSource, calibration_of
 from treadle.recipes.evaluate import decisions
 from treadle.recipes.fleet import Fleet, grow_fleet
@@ -56,8 +63,7 @@ def routing_calibration(
     Raises:
         InputError: no data folder.
     """
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     done = {run["seed"] for run in finished_runs(runs)}
     for seed in quality.seeds:
         if seed not in done:
@@ -69,13 +75,9 @@ def quick_routing_calibration(
     config: RoutingCalibrationRun, quality: RoutingQualityRun, *, work: Path, progress: Progress = silent
 ) -> BenchmarkResult:
     """Two generated tasks, barely trained, and a third outside: shows that everything works and decides nothing."""
-    sft = replace(quality.fleet.sft, max_tokens=2_000)
-    fleet = quality.fleet.model_copy(update={"sft": sft, "calibration_texts": 48})
-    tasks = ("syllogism", "family_relationships")
     texts = tuple(text.model_copy(update={"limit": min(text.limit, 48)}) for text in config.texts[:2])
     small = config.model_copy(update={"limit": 6, "outside": ("chain_sum",), "texts": texts})
-    changed = quality.model_copy(update={"tasks": tasks, "asked": tasks, "fleet": fleet})
-    run = _run(small, changed, quality.seeds[0], work=work, data=None, progress=progress)
+    run = _run(small, barely_trained(quality), quality.seeds[0], work=work, data=None, progress=progress)
     return summary(small, [run]).undecided()
 
 

@@ -19,9 +19,16 @@ from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun
 from treadle.data.public_text import overlap
 from treadle.data.tasks import Task
-from treadle.errors import InputError
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.recipes.bench.result import (
+    BenchmarkResult,
+    Metric,
+    commit,
+    data_of,
+    device_name,
+    finished_runs,
+    record_run,
+)
 from treadle.recipes.evaluate import Answers, answers_of_bank, asked_examples
 from treadle.recipes.fleet import Fleet, grow_fleet, training_examples
 from treadle.routing.bank import AdapterBank
@@ -49,8 +56,7 @@ def routing_quality(
     Raises:
         InputError: no data folder.
     """
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     done = {(run["group"], run["seed"]) for run in finished_runs(runs)}
     for group in config.groups:
         for seed in config.seeds:
@@ -61,15 +67,18 @@ def routing_quality(
 
 def quick_routing_quality(config: RoutingQualityRun, *, work: Path, progress: Progress = silent) -> BenchmarkResult:
     """Two generated tasks, barely trained, a dozen prompts each: shows that everything works and decides nothing."""
-    tasks = ("syllogism", "family_relationships")
-    sft = replace(config.fleet.sft, max_tokens=2_000)
-    fleet = config.fleet.model_copy(update={"sft": sft, "calibration_texts": 48})
-    small = config.model_copy(
-        update={"tasks": tasks, "asked": tasks, "limit": 12, "least_gain": -1.0, "resamples": 200, "fleet": fleet}
-    )
+    small = barely_trained(config).model_copy(update={"limit": 12, "least_gain": -1.0, "resamples": 200})
     group = ArmGroup(name="quick", arms=("base", "oracle", "sequence", "linear"))
     result = summary(small, [_run(small, group, config.seeds[0], work=work, data=None, progress=progress)])
     return result.undecided()
+
+
+def barely_trained(config: RoutingQualityRun) -> RoutingQualityRun:
+    """The study with fleets of two generated tasks that grow in seconds."""
+    tasks = ("syllogism", "family_relationships")
+    sft = replace(config.fleet.sft, max_tokens=2_000)
+    fleet = config.fleet.model_copy(update={"sft": sft, "calibration_texts": 48})
+    return config.model_copy(update={"tasks": tasks, "asked": tasks, "fleet": fleet})
 
 
 def _run(

@@ -7,7 +7,6 @@ With one frozen A two updates are compared by their lora_B alone: ⟨B₁A, B₂
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -17,19 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from treadle.configs.bench import ArmGroup, RoutingQualityRun, RoutingRanksRun
-from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.ranks.stability import spearman
 from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
     commit,
+    data_of,
     device_name,
     finished_runs,
     is_recorded,
     record_run,
 )
-from treadle.recipes.bench.routing_quality import group_run
+from treadle.recipes.bench.routing_quality import barely_trained, group_run
 from treadle.recipes.fleet import grow_fleet
 from treadle.routing.bank import AdapterBank
 
@@ -59,8 +58,7 @@ def routing_ranks(
     Raises:
         InputError: no data folder.
     """
-    if data is None:
-        raise InputError("the tasks need data files", remedy="pass --data DIR")
+    data = data_of(data)
     for rank in config.ranks:
         if not is_recorded(runs, {"rank": rank}):
             record_run(runs, _run(config, quality, rank, work=work, data=data, progress=progress))
@@ -71,11 +69,7 @@ def quick_routing_ranks(
     config: RoutingRanksRun, quality: RoutingQualityRun, *, work: Path, progress: Progress = silent
 ) -> BenchmarkResult:
     """Two generated tasks, barely trained, at two ranks: shows that everything works and decides nothing."""
-    sft = replace(quality.fleet.sft, max_tokens=2_000)
-    fleet = quality.fleet.model_copy(update={"sft": sft, "calibration_texts": 48})
-    tasks = ("syllogism", "family_relationships")
-    changed = quality.model_copy(update={"tasks": tasks, "asked": tasks, "fleet": fleet})
-    small = config.model_copy(update={"limit": 6})
+    small, changed = config.model_copy(update={"limit": 6}), barely_trained(quality)
     found = [_run(small, changed, rank, work=work, data=None, progress=progress) for rank in config.ranks[:2]]
     return summary(small, found).undecided()
 
