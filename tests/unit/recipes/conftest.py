@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench_claims import ParWorldRun
+from treadle.configs.bench.partition import ParWorldRun
 from treadle.configs.fleet import FleetSettings
 from treadle.train.settings import SftSettings
 

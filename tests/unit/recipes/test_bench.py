@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench import DemoQualityRun, RandomBanks, RoutingExactnessRun, Suite
+from treadle.configs.bench.routing_cost import RandomBanks, RoutingExactnessRun
+from treadle.configs.bench.routing_quality import DemoQualityRun, Suite
 from treadle.configs.demo import DemoRun
 from treadle.configs.fleet import FleetRun, FleetSettings
 from treadle.configs.toml import load_toml

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench import DpStepCostRun
+from treadle.configs.bench.federated import DpStepCostRun
 from treadle.family.injection import inject, linear_shapes
 from treadle.models.loading import load_model
 from treadle.recipes.bench import dp_step_cost as recipe

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM
 
-from treadle.configs.bench_faults import FederatedBytesRun
+from treadle.configs.bench.federated import FederatedBytesRun
 from treadle.recipes.bench.federated_bytes import federated_bytes
 
 

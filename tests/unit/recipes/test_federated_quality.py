@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from treadle.configs.bench_federated import FederatedCell, FederatedQualityRun, GridPoint
+from treadle.configs.bench.federated import FederatedCell, FederatedQualityRun, GridPoint
 from treadle.configs.toml import checked
 from treadle.errors import ConfigError, InputError
 from treadle.recipes.bench.federated_quality import best_point, federated_quality, split, summary

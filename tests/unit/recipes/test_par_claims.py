@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.configs.bench_claims import ParClaimsRun
+from treadle.configs.bench.partition import ParClaimsRun
 from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_claims import CLAIMS, par_claims, summary, world_of
 from treadle.recipes.bench.par_trials import Trial, best_factor, paired

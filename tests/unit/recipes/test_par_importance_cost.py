@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench_partition import ParImportanceCostRun
+from treadle.configs.bench.partition import ParImportanceCostRun
 from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_importance_cost import metrics_of, par_importance_cost
 

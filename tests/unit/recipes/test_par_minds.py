@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from treadle.configs.bench_claims import ParMindsRun
+from treadle.configs.bench.partition import ParMindsRun
 from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_minds import DEFAULT, WAYS, par_minds, summary
 from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, public_text

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench_partition import ParSavingsRun
+from treadle.configs.bench.partition import ParSavingsRun
 from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_savings import ARMS, metrics_of, par_savings
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from treadle.configs.bench_claims import ParSmollm2Run
+from treadle.configs.bench.partition import ParSmollm2Run
 from treadle.configs.toml import load_toml
 from treadle.recipes.bench import par_smollm2
 from treadle.recipes.bench.par_smollm2 import summary, world_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.configs.bench_ranks import RankArm, RankCell, RankChangeRun, RankWorthRun
+from treadle.configs.bench.ranks import RankArm, RankCell, RankChangeRun, RankWorthRun
 from treadle.recipes.bench.rank_change import rank_change, summary
 from treadle.recipes.bench.result import finished_runs
 from treadle.train.settings import SftSettings

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench_ranks import RankDepthRun
+from treadle.configs.bench.ranks import RankDepthRun
 from treadle.recipes.bench.rank_depth import ARMS, BACKWARDS, PILED, RESET, quick_rank_depth, rank_depth, summary
 from treadle.recipes.bench.result import finished_runs, record_run
 from treadle.reports.benchmark_charts import benchmark_chart

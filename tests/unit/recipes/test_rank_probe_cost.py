@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.configs.bench_ranks import RankProbeCostRun
+from treadle.configs.bench.ranks import RankProbeCostRun
 from treadle.recipes.bench.rank_probe_cost import quick_rank_probe_cost, rank_probe_cost, spread, summary
 from treadle.recipes.bench.result import finished_runs, record_run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.configs.bench_ranks import RankArm, RankCell, RankWorthRun
+from treadle.configs.bench.ranks import RankArm, RankCell, RankWorthRun
 from treadle.configs.toml import checked
 from treadle.errors import ConfigError, InputError
 from treadle.family.plan import LayerShape

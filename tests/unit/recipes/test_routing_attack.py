@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 import torch
 
-from treadle.configs.bench import RoutingAttackRun
+from treadle.configs.bench.routing_quality import RoutingAttackRun
 from treadle.configs.fleet import FleetSettings
 from treadle.recipes.bench import routing_attack as bench
 from treadle.recipes.bench.attacks import ATTACKS, malicious_B, self_declared, standing_out

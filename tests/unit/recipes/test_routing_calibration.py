@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treadle.configs.bench import ArmGroup, PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
+from treadle.configs.bench.routing_quality import ArmGroup, PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
 from treadle.configs.fleet import FleetSettings
 from treadle.recipes.bench.result import finished_runs
 from treadle.recipes.bench.routing_calibration import auroc, quick_routing_calibration, routing_calibration

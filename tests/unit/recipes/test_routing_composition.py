@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from treadle.configs.bench import RoutingCompositionRun
+from treadle.configs.bench.routing_quality import RoutingCompositionRun
 from treadle.configs.fleet import FleetSettings
 from treadle.data.prompts import Example
 from treadle.recipes.bench.result import finished_runs

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treadle.configs.bench import RoutingContinualRun
+from treadle.configs.bench.routing_quality import RoutingContinualRun
 from treadle.configs.fleet import FleetSettings
 from treadle.configs.toml import checked
 from treadle.errors import ConfigError

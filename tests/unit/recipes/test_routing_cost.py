@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treadle.configs.bench import LayerShapeRow, RoutingCostRun
+from treadle.configs.bench.routing_cost import LayerShapeRow, RoutingCostRun
 from treadle.recipes.bench import peers
 from treadle.recipes.bench import routing_cost as recipe
 from treadle.recipes.bench.routing_cost import routing_cost

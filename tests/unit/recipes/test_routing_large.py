@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.algebra import pair_products
-from treadle.configs.bench import RoutingLargeRun, Spectra
+from treadle.configs.bench.routing_cost import RoutingLargeRun, Spectra
 from treadle.configs.toml import checked, load_toml
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter, Provenance

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.configs.bench import RoutingMemoryRun
+from treadle.configs.bench.routing_cost import RoutingMemoryRun
 from treadle.errors import UnavailableError
 from treadle.recipes.bench.routing_memory import routing_memory
 

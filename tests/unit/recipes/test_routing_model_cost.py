@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from treadle.configs.bench import RoutingModelCostRun
+from treadle.configs.bench.routing_cost import RoutingModelCostRun
 from treadle.recipes.bench.routing_model_cost import routing_model_cost
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.configs.bench import ArmGroup, RoutingQualityRun
+from treadle.configs.bench.routing_quality import ArmGroup, RoutingQualityRun
 from treadle.configs.fleet import FleetSettings
 from treadle.configs.toml import load_toml
 from treadle.errors import InputError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from treadle.configs.bench import RoutingQualityRun, RoutingRanksRun
+from treadle.configs.bench.routing_quality import RoutingQualityRun, RoutingRanksRun
 from treadle.configs.fleet import FleetSettings
 from treadle.recipes.bench import routing_ranks as subject
 from treadle.recipes.bench.result import finished_runs

@@ -10,26 +10,31 @@ from typing import Any, Generic, TypeVar
 
 from treadle import files
 from treadle.configs.audit import PrivacyAuditRun
-from treadle.configs.bench import (
-    DemoQualityRun,
-    DpStepCostRun,
-    RoutingAttackRun,
-    RoutingCalibrationRun,
-    RoutingCompositionRun,
-    RoutingContinualRun,
+from treadle.configs.bench.federated import DpStepCostRun, FederatedBytesRun, FederatedFaultsRun, FederatedQualityRun
+from treadle.configs.bench.partition import (
+    ParClaimsRun,
+    ParImportanceCostRun,
+    ParMindsRun,
+    ParSavingsRun,
+    ParSmollm2Run,
+)
+from treadle.configs.bench.ranks import RankChangeRun, RankDepthRun, RankProbeCostRun, RankWorthRun
+from treadle.configs.bench.routing_cost import (
     RoutingCostRun,
     RoutingExactnessRun,
     RoutingLargeRun,
     RoutingMemoryRun,
     RoutingModelCostRun,
+)
+from treadle.configs.bench.routing_quality import (
+    DemoQualityRun,
+    RoutingAttackRun,
+    RoutingCalibrationRun,
+    RoutingCompositionRun,
+    RoutingContinualRun,
     RoutingQualityRun,
     RoutingRanksRun,
 )
-from treadle.configs.bench_claims import ParClaimsRun, ParMindsRun, ParSmollm2Run
-from treadle.configs.bench_faults import FederatedBytesRun, FederatedFaultsRun
-from treadle.configs.bench_federated import FederatedQualityRun
-from treadle.configs.bench_partition import ParImportanceCostRun, ParSavingsRun
-from treadle.configs.bench_ranks import RankChangeRun, RankDepthRun, RankProbeCostRun, RankWorthRun
 from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent

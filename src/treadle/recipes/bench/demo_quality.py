@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import cast
 
-from treadle.configs.bench import DemoQualityRun, Suite
+from treadle.configs.bench.routing_quality import DemoQualityRun, Suite
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun
 from treadle.errors import InputError

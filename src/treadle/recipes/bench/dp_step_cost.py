@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from treadle import randomness
-from treadle.configs.bench import DpStepCostRun
+from treadle.configs.bench.federated import DpStepCostRun
 from treadle.errors import UnavailableError
 from treadle.family.injection import linear_shapes, trainable
 from treadle.models.loading import load_model

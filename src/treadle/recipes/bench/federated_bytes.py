@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treadle.configs.bench_faults import FederatedBytesRun
+from treadle.configs.bench.federated import FederatedBytesRun
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle import files
-from treadle.configs.bench_faults import FederatedFaultsRun
+from treadle.configs.bench.federated import FederatedFaultsRun
 from treadle.errors import TreadleError, UnavailableError
 from treadle.family.family import AdapterFamily
 from treadle.progress import Progress, silent

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from treadle.configs.bench_federated import FederatedCell, FederatedQualityRun, GridPoint
+from treadle.configs.bench.federated import FederatedCell, FederatedQualityRun, GridPoint
 from treadle.data.tasks import Task, load_task
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.family import AdapterFamily

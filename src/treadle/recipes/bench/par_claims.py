@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-from treadle.configs.bench_claims import ParArm, ParClaimsRun, ParWorldRun
+from treadle.configs.bench.partition import ParArm, ParClaimsRun, ParWorldRun
 from treadle.data.prompts import Example
 from treadle.evaluation.intervals import mean_interval
 from treadle.progress import Progress, silent

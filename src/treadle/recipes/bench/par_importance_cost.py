@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from treadle import randomness
-from treadle.configs.bench_partition import ParImportanceCostRun
+from treadle.configs.bench.partition import ParImportanceCostRun
 from treadle.family.injection import linear_shapes, trainable_factors
 from treadle.models.loading import load_model
 from treadle.partition.importance import importance, measure

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from treadle.configs.bench_claims import ParMindsRun
+from treadle.configs.bench.partition import ParMindsRun
 from treadle.evaluation.answers import Answerer, Answering, correct
 from treadle.evaluation.intervals import mean_interval
 from treadle.family.adapter import Provenance

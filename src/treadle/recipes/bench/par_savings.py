@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treadle import randomness
-from treadle.configs.bench_partition import ParSavingsRun
+from treadle.configs.bench.partition import ParSavingsRun
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.loading import load_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-from treadle.configs.bench_claims import ParSmollm2Run
+from treadle.configs.bench.partition import ParSmollm2Run
 from treadle.data.tasks import Task, load_task
 from treadle.evaluation.intervals import mean_interval, sign_flip_p
 from treadle.models.loading import model_folder

@@ -15,7 +15,7 @@ from typing import Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from treadle.configs.bench_claims import ParArm, ParTrials
+from treadle.configs.bench.partition import ParArm, ParTrials
 from treadle.errors import InputError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treadle.configs.bench_ranks import RankChangeRun, RankWorthRun, Way
+from treadle.configs.bench.ranks import RankChangeRun, RankWorthRun, Way
 from treadle.evaluation.intervals import mean_interval
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes, trainable_factors

@@ -17,7 +17,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from treadle.configs.bench_ranks import RankDepthRun
+from treadle.configs.bench.ranks import RankDepthRun
 from treadle.data.public_text import public_texts
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.injection import linear_shapes

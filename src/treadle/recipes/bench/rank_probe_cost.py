@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from treadle import randomness
-from treadle.configs.bench_ranks import RankProbeCostRun
+from treadle.configs.bench.ranks import RankProbeCostRun
 from treadle.data.public_text import public_texts
 from treadle.family.injection import linear_shapes, trainable
 from treadle.family.plan import LayerShape

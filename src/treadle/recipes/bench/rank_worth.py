@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, cast
 
-from treadle.configs.bench_ranks import RankArm, RankCell, RankWorthRun
+from treadle.configs.bench.ranks import RankArm, RankCell, RankWorthRun
 from treadle.data.public_text import public_texts
 from treadle.data.tasks import load_task
 from treadle.evaluation.intervals import mean_interval, sign_flip_p

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from treadle.configs.bench import RoutingAttackRun
+from treadle.configs.bench.routing_quality import RoutingAttackRun
 from treadle.configs.fleet import FleetRun
 from treadle.data.prompts import Example
 from treadle.data.public_text import public_texts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from treadle.configs.bench import PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
+from treadle.configs.bench.routing_quality import PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
 from treadle.data.prompts import Example
 from treadle.data.tasks import load_task
 from treadle.progress import Progress, silent

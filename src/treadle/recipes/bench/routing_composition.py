@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
-from treadle.configs.bench import RoutingCompositionRun
+from treadle.configs.bench.routing_quality import RoutingCompositionRun
 from treadle.data.prompts import Example
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run

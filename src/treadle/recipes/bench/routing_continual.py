@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from treadle.configs.bench import RoutingContinualRun
+from treadle.configs.bench.routing_quality import RoutingContinualRun
 from treadle.data.prompts import Example
 from treadle.data.public_text import public_texts
 from treadle.data.tasks import Task

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from treadle.configs.bench import LayerShapeRow, RoutingCostRun
+from treadle.configs.bench.routing_cost import LayerShapeRow, RoutingCostRun
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.injection import Attachment
 from treadle.family.plan import LayerShape, RankPlan

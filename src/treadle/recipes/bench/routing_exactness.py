@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from treadle.configs.bench import RandomBanks, RoutingExactnessRun
+from treadle.configs.bench.routing_cost import RandomBanks, RoutingExactnessRun
 from treadle.data.public_text import public_texts
 from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.progress import Progress, silent

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from treadle import files
 from treadle.algebra import pair_products
-from treadle.configs.bench import RoutingLargeRun, Spectra
+from treadle.configs.bench.routing_cost import RoutingLargeRun, Spectra
 from treadle.configs.toml import checked
 from treadle.errors import InputError
 from treadle.progress import Progress, silent

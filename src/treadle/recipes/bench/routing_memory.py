@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from treadle.configs.bench import RoutingMemoryRun
+from treadle.configs.bench.routing_cost import RoutingMemoryRun
 from treadle.data.public_text import public_texts
 from treadle.errors import UnavailableError
 from treadle.family.family import AdapterFamily

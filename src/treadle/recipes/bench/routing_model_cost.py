@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from treadle.configs.bench import RoutingModelCostRun
+from treadle.configs.bench.routing_cost import RoutingModelCostRun
 from treadle.data.public_text import public_texts
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily

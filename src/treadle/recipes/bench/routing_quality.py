@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from treadle.configs.bench import ArmGroup, RoutingQualityRun
+from treadle.configs.bench.routing_quality import ArmGroup, RoutingQualityRun
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun
 from treadle.data.public_text import overlap

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from treadle.configs.bench import ArmGroup, RoutingQualityRun, RoutingRanksRun
+from treadle.configs.bench.routing_quality import ArmGroup, RoutingQualityRun, RoutingRanksRun
 from treadle.progress import Progress, silent
 from treadle.ranks.stability import spearman
 from treadle.recipes.bench.result import (

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.algebra import packed_gram, pair_products
-from treadle.configs.bench import LayerSpectra, Spectra
+from treadle.configs.bench.routing_cost import LayerSpectra, Spectra
 from treadle.data.public_text import public_texts
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter

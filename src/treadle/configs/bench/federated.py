@@ -1,4 +1,4 @@
-"""The TOML of `federated-quality`, the study of federations under differential privacy."""
+"""Federations and private steps: quality, bytes, faults and time."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -96,3 +96,53 @@ class FederatedQualityRun(RunConfig):
         if self.tuning_seed in self.seeds:
             raise ValueError("tuning_seed is one of the seeds that are reported")
         return self
+
+
+class FederatedFaultsRun(RunConfig):
+    """`federated-faults`.
+
+    Attributes:
+        cases: how many there must be at least.
+    """
+
+    cases: int = Field(ge=1)
+
+
+class FederatedBytesRun(RunConfig):
+    """`federated-bytes`.
+
+    Attributes:
+        base: the base model, whose layers decide.
+        rank: of every adapted layer.
+        clients: in every round.
+        rounds: of each variant; the first is not counted.
+        seed: of A.
+    """
+
+    base: str = "smollm2-135m"
+    rank: int = Field(ge=1)
+    clients: int = Field(ge=2)
+    rounds: int = Field(ge=2)
+    seed: int = 0
+
+
+class DpStepCostRun(RunConfig):
+    """`dp-step-cost`.
+
+    Attributes:
+        bases: base models; an encoder is given a head of two classes.
+        quick_base: the one that --quick measures.
+        rank: of B at every linear layer of the trunk.
+        batch: rows of a step, all in one forward pass.
+        tokens: of a row.
+        rounds: medians are over them.
+        seed: of A, of the rows and of the head.
+    """
+
+    bases: tuple[str, ...] = Field(min_length=1)
+    quick_base: str
+    rank: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+    rounds: int = Field(ge=1)
+    seed: int = 0
