@@ -67,13 +67,27 @@ def _right(found: Sequence[str | None], truth: Sequence[str]) -> int:
     return sum(label == right for label, right in zip(found, truth, strict=True))
 
 
+def panel_hits(
+    columns: Sequence[Sequence[str | None]], truth: Sequence[str], systems: tuple[str, ...], *, size: int
+) -> list[list[bool]]:
+    """For every panel of so many voters, row by row, whether its majority is right; a tie is not.
+
+    Args:
+        columns: one sequence of votes a voter, at least `size` of them.
+        truth: the right system of each row.
+        systems: their names.
+        size: of a panel, odd.
+    """
+    undecided: Tie = "undecided"
+    rule = VotingRule(systems, size, undecided)
+    return [
+        [decide(row, rule).system == right for row, right in zip(zip(*panel, strict=True), truth, strict=True)]
+        for panel in combinations(columns, size)
+    ]
+
+
 def _panels(
     columns: Sequence[Sequence[str | None]], truth: Sequence[str], systems: tuple[str, ...], *, size: int
 ) -> Panels:
-    undecided: Tie = "undecided"
-    rule = VotingRule(systems, size, undecided)
-    shares: list[float] = []
-    for panel in combinations(columns, size):
-        labels = [decide(row, rule).system for row in zip(*panel, strict=True)]
-        shares.append(_right(labels, truth) / len(truth))
+    shares = [sum(hits) / len(hits) for hits in panel_hits(columns, truth, systems, size=size)]
     return Panels(min(shares), sum(shares) / len(shares), max(shares), len(shares))

@@ -1,10 +1,14 @@
 """Training in two systems: what it is worth, what it saves and what its importance costs."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from treadle.configs.classify import SYSTEMS
 from treadle.configs.toml import RunConfig
+from treadle.data.voting import System
+from treadle.evaluation.voters.local import LocalVoter
 from treadle.partition.importance import Score
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import Start
@@ -201,3 +205,35 @@ class ParSavingsRun(RunConfig):
     steps: int = Field(ge=1)
     rounds: int = Field(ge=1)
     seed: int = 0
+
+
+class ParVotersRun(RunConfig):
+    """`par-voters`.
+
+    Attributes:
+        target: the model that voters with a role play.
+        tasks: system → the tasks whose rows are its own, whatever a row looks like.
+        rows: of each system, shared out evenly among its tasks.
+        seed: of their choice.
+        systems: with the descriptions that voters are shown.
+        templates: what voters are asked, the first against every other one.
+        panels: how many voters vote together, odd.
+        voters: who votes, once under every template.
+    """
+
+    target: str
+    tasks: Mapping[str, tuple[str, ...]]
+    rows: int = Field(ge=1)
+    seed: int = 0
+    systems: tuple[System, ...] = SYSTEMS
+    templates: tuple[str, ...] = Field(min_length=2)
+    panels: tuple[int, ...] = Field(min_length=1)
+    voters: tuple[LocalVoter, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sound(self) -> "ParVotersRun":
+        if set(self.tasks) != {system.name for system in self.systems}:
+            raise ValueError("tasks must name every system, and nothing else")
+        if not all(size % 2 and size <= len(self.voters) for size in self.panels):
+            raise ValueError(f"panels must be odd numbers, at most {len(self.voters)}, the number of voters")
+        return self

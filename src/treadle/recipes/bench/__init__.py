@@ -17,6 +17,7 @@ from treadle.configs.bench.partition import (
     ParMindsRun,
     ParSavingsRun,
     ParSmollm2Run,
+    ParVotersRun,
 )
 from treadle.configs.bench.ranks import RankChangeRun, RankDepthRun, RankProbeCostRun, RankWorthRun
 from treadle.configs.bench.routing_cost import (
@@ -49,6 +50,7 @@ from treadle.recipes.bench import (
     par_minds,
     par_savings,
     par_smollm2,
+    par_voters,
     privacy_audit,
     rank_change,
     rank_depth,
@@ -273,6 +275,11 @@ def _par_smollm2(config: ParSmollm2Run, session: Session) -> BenchmarkResult:
     )
 
 
+def _par_voters(config: ParVotersRun, session: Session) -> BenchmarkResult:
+    study = par_voters.quick_par_voters if session.quick else par_voters.par_voters
+    return study(config, work=session.work, data=session.data, progress=session.progress)
+
+
 def _routing_ranks(config: RoutingRanksRun, session: Session) -> BenchmarkResult:
     quality = load_toml(session.runs.parent.parent / f"{routing_quality.NAME}.toml", RoutingQualityRun)
     if session.quick:
@@ -289,6 +296,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
     "par-minds": Benchmark(ParMindsRun, _par_minds, par_minds.summary),
     "par-smollm2": Benchmark(ParSmollm2Run, _par_smollm2, par_smollm2.summary),
+    "par-voters": Benchmark(ParVotersRun, _par_voters),
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
