@@ -46,13 +46,13 @@ def test_figures_are_those_of_the_labelled_rows(config: ParVotersRun, tmp_path: 
         assert [row["kind"] for row in rows] == ["system1", "system2"] * 5
         names = [voter.name for voter in config.voters]
         right = [[row["system_votes"][name] == row["kind"] for name in names] for row in rows]
-        shares[template, 1] = [fmean(of_row) for of_row in right]
-        majorities = [[sum(panel) >= 2 for panel in combinations(of_row, 3)] for of_row in right]
-        shares[template, 3] = [fmean(of_row) for of_row in majorities]
+        panels = {1: right, 3: [[sum(panel) >= 2 for panel in combinations(of_row, 3)] for of_row in right]}
         for size in (1, 3):
+            shares[template, size] = [fmean(of_row) for of_row in panels[size]]
+            of_panels = [fmean(of_panel) for of_panel in zip(*panels[size], strict=True)]
             row = next(r for r in result.rows if (r.get("template"), r.get("panel")) == (template, size))
             assert row["accuracy"] == pytest.approx(fmean(shares[template, size]))
-            assert row["worst"] <= row["accuracy"] <= row["best"]
+            assert [row["worst"], row["best"]] == pytest.approx([min(of_panels), max(of_panels)])
         lots = next(r for r in result.rows if (r.get("template"), r.get("voter")) == (template, "random"))
         assert lots["first_system"] == pytest.approx(0.5)
     expected = {
