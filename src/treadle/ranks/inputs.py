@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.data.prompts import Example
+from treadle.data.public_text import public_texts
 from treadle.errors import InputError
 
 IGNORED = -100
@@ -62,6 +63,25 @@ class ProbeInputs:
                 raise InputError(f"probe text {index + 1} has fewer than two tokens", remedy="give longer texts")
             rows.append((ids, None))
         return _batched(rows, batch, hashlib.sha256(files.canonical_json(list(texts))).hexdigest())
+
+    @staticmethod
+    def of_public_text(
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sequences: int,
+        tokens: int = 32,
+        source: str = "pydoc",
+        seed: int = 0,
+        batch: int = 8,
+    ) -> "ProbeInputs":
+        """`sequences` passages that nobody owns (see `public_texts`), as `of_texts` reads them.
+
+        Raises:
+            InputError, FormatError: see `public_texts` and `of_texts`.
+        """
+        # two words a token, so that even a passage of half that length fills its tokens
+        passages = public_texts(source, limit=sequences, words=2 * tokens, seed=seed).passages
+        return ProbeInputs.of_texts(tokenizer, passages, tokens=tokens, batch=batch)
 
     @staticmethod
     def of_examples(

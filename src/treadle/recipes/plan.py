@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.configs.plan import PlanRun, Replan, Shares, trials_of
-from treadle.data.public_text import public_texts
 from treadle.errors import InputError, MismatchError
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import LayerShape, RankPlan
@@ -136,9 +135,9 @@ def probe_inputs(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedT
         examples = examples_of(config.examples, shares={}, seed=config.seed)[: text.sequences]
         classes = classes_of(model) if kind_of(model) is Kind.CLASSIFIER else None
         return ProbeInputs.of_examples(tokenizer, examples, classes=classes, tokens=text.tokens)
-    # Two words a token, so that even a passage of half that length fills its tokens.
-    found = public_texts(text.source, limit=text.sequences, words=2 * text.tokens, seed=config.seed)
-    return ProbeInputs.of_texts(tokenizer, found.passages, tokens=text.tokens)
+    return ProbeInputs.of_public_text(
+        tokenizer, sequences=text.sequences, tokens=text.tokens, source=text.source, seed=config.seed
+    )
 
 
 def stated(scores: ProbeScores, config: PlanRun, base: BaseIdentity) -> ProbeScores:

@@ -7,6 +7,16 @@ from treadle.errors import InputError
 from treadle.ranks.inputs import IGNORED, ProbeInputs
 
 
+def test_public_passages_fill_their_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    inputs = ProbeInputs.of_public_text(tiny_tokenizer, sequences=5, tokens=12, seed=3)
+    assert sum(map(len, inputs.batches)) == 5
+    assert {batch.shape[1] for batch in inputs.batches} == {12}
+    again = ProbeInputs.of_public_text(tiny_tokenizer, sequences=5, tokens=12, seed=3)
+    assert again.text_sha256 == inputs.text_sha256
+    other = ProbeInputs.of_public_text(tiny_tokenizer, sequences=5, tokens=12, seed=4)
+    assert other.text_sha256 != inputs.text_sha256
+
+
 def test_batches_hold_equal_lengths_and_no_padding(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["the film is good", "yes", "a question of colour and much more", "no", "why is the film bad"]
     inputs = ProbeInputs.of_texts(tiny_tokenizer, texts, tokens=5, batch=2)

@@ -115,14 +115,18 @@ def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
     )
 
 
-def _federated_quality(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
-    if session.quick:
-        return federated_quality.quick_federated_quality(
-            config, work=session.work, data=session.data, progress=session.progress
-        )
-    return federated_quality.federated_quality(
-        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
-    )
+def _federated_quality(name: str) -> Benchmark[FederatedQualityRun]:
+    """The study of that name, with the cells, the steps and the base of its own configuration."""
+
+    def run(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
+        quick = federated_quality.quick_federated_quality
+        study = quick if session.quick else partial(federated_quality.federated_quality, runs=session.runs)
+        return replace(study(config, work=session.work, data=session.data, progress=session.progress), name=name)
+
+    def shown(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
+        return replace(federated_quality.summary(config, runs), name=name)
+
+    return Benchmark(FederatedQualityRun, run, shown)
 
 
 def _privacy_audit(config: PrivacyAuditRun, session: Session) -> BenchmarkResult:
@@ -292,7 +296,8 @@ def _routing_ranks(config: RoutingRanksRun, session: Session) -> BenchmarkResult
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
-    "federated-quality": Benchmark(FederatedQualityRun, _federated_quality, federated_quality.summary),
+    "federated-quality": _federated_quality("federated-quality"),
+    "federated-quality-trec": _federated_quality("federated-quality-trec"),
     "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
     "par-minds": Benchmark(ParMindsRun, _par_minds, par_minds.summary),
     "par-smollm2": Benchmark(ParSmollm2Run, _par_smollm2, par_smollm2.summary),

@@ -50,7 +50,6 @@ from treadle.train.settings import PrivateSettings
 
 NAME = "federated-quality"
 CENTRAL = "central"
-_JUDGED = ("sst2", 3, "severe")
 _BATCH = 16
 
 
@@ -243,7 +242,7 @@ def _mechanism(config: FederatedQualityRun, trial: Trial, records: int, batch: i
 
 
 def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
-    """A row an arm, cell and ε with its 95% interval over seeds; differences pair the seeds."""
+    """A row an arm, cell and ε with its 95% interval over seeds; differences pair the seeds of the first cell."""
     table: list[dict[str, object]] = []
     found: dict[tuple[object, ...], dict[int, float]] = {}
     for run in runs:
@@ -256,8 +255,9 @@ def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -
         table.append(
             row | {"seeds": len(seeds), "accuracy": interval.estimate, "low": interval.low, "high": interval.high}
         )
+    skew = config.cells[0].skew
     metrics = {
-        f"ffa_minus_fedit_severe_eps{epsilon}": _difference(config, found, "fedit", f"{epsilon}.0", gain=epsilon == 1)
+        f"ffa_minus_fedit_{skew}_eps{epsilon}": _difference(config, found, "fedit", f"{epsilon}.0", gain=epsilon == 1)
         for epsilon in (8, 3, 1)
     }
     metrics["ffa_minus_central_epsinf"] = _difference(config, found, CENTRAL, "inf", least=-0.02)
@@ -274,7 +274,8 @@ def _difference(
     least: float | None = None,
 ) -> Metric:
     """FFA minus another arm, paired by seed: its goal is a mean of at least `least`, else about its 95% interval."""
-    ours, theirs = (found.get((*_JUDGED, epsilon, arm), {}) for arm in ("ffa", other))
+    cell = config.cells[0]
+    ours, theirs = (found.get((cell.task, cell.clients, cell.skew, epsilon, arm), {}) for arm in ("ffa", other))
     seeds = sorted(ours.keys() & theirs.keys())
     goal = f">= {least:g}" if least is not None else "lower95 > 0" if gain else "upper95 >= 0"
     if not seeds:

@@ -18,7 +18,6 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from treadle.configs.bench.ranks import RankDepthRun
-from treadle.data.public_text import public_texts
 from treadle.evaluation.intervals import Interval, mean_interval
 from treadle.family.injection import linear_shapes
 from treadle.models.loading import load_model, load_tokenizer
@@ -57,8 +56,8 @@ def rank_depth(config: RankDepthRun, *, runs: Path, work: Path, progress: Progre
             continue
         folder = trained_base(base, work, name="two-classes", labels=("no", "yes"), seed=0)
         model = load_model(str(folder), device="cpu")
-        passages = public_texts("pydoc", limit=config.sequences, words=2 * config.tokens).passages
-        inputs = ProbeInputs.of_texts(load_tokenizer(str(folder)), passages, tokens=config.tokens)
+        tokenizer = load_tokenizer(str(folder))
+        inputs = ProbeInputs.of_public_text(tokenizer, sequences=config.sequences, tokens=config.tokens)
         for done, cell in enumerate(missing):
             progress(f"{base}: {cell['arm']}, seed {cell['seed']}", done, len(missing))
             scores = _scores(model, inputs, config, arm=str(cell["arm"]), seed=cast("int", cell["seed"]))

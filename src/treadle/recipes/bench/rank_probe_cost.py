@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from treadle import randomness
 from treadle.configs.bench.ranks import RankProbeCostRun
-from treadle.data.public_text import public_texts
 from treadle.family.injection import linear_shapes, trainable
 from treadle.family.plan import LayerShape
 from treadle.models.loading import load_model, load_tokenizer
@@ -78,8 +77,13 @@ def quick_rank_probe_cost(config: RankProbeCostRun, *, work: Path, progress: Pro
 
 
 def _inputs(folder: Path, config: RankProbeCostRun) -> ProbeInputs:
-    passages = public_texts("pydoc", limit=config.sequences, words=2 * config.tokens, seed=config.seed).passages
-    return ProbeInputs.of_texts(load_tokenizer(str(folder)), passages, tokens=config.tokens, batch=config.batch)
+    return ProbeInputs.of_public_text(
+        load_tokenizer(str(folder)),
+        sequences=config.sequences,
+        tokens=config.tokens,
+        seed=config.seed,
+        batch=config.batch,
+    )
 
 
 def _arms(

@@ -21,7 +21,6 @@ from statistics import fmean
 from typing import Literal, cast
 
 from treadle.configs.bench.ranks import RankArm, RankCell, RankWorthRun
-from treadle.data.public_text import public_texts
 from treadle.data.tasks import load_task
 from treadle.evaluation.intervals import mean_interval, sign_flip_p
 from treadle.family.family import AdapterFamily
@@ -123,13 +122,11 @@ class Bench:
     def _texts(self, read: Classification, text: str) -> ProbeInputs:
         config = self.config
         if text == PUBLIC:
-            passages = public_texts(limit=config.sequences, words=2 * config.tokens).passages
-        else:
-            found = load_task(text).examples(
-                "train", data_root=self.data, condition=config.condition, limit=config.sequences
-            )
-            passages = [example.prompt for example in found]
-        return ProbeInputs.of_texts(read.tokenizer, passages, tokens=config.tokens)
+            return ProbeInputs.of_public_text(read.tokenizer, sequences=config.sequences, tokens=config.tokens)
+        found = load_task(text).examples(
+            "train", data_root=self.data, condition=config.condition, limit=config.sequences
+        )
+        return ProbeInputs.of_texts(read.tokenizer, [example.prompt for example in found], tokens=config.tokens)
 
     def _labelled(self, read: Classification) -> ProbeInputs:
         classes = None if is_causal(read.base) else classes_of(read.model)
