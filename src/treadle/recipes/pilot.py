@@ -25,6 +25,7 @@ from treadle.configs.toml import load_toml, toml_text
 from treadle.data.prompts import Example
 from treadle.errors import InputError, MismatchError, UnavailableError
 from treadle.evaluation.intervals import Interval, mean_interval, wilson_interval
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.models.loading import choose_device, load_model, load_tokenizer
 from treadle.privacy.plan import PrivacySettings
@@ -39,7 +40,6 @@ from treadle.recipes.simulated_silos import SimulatedSilos
 from treadle.recipes.train import examples_of
 from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.checkpoint import RunFolder, facts_of
-from treadle.train.federated.factors import Factors
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.run import federate, in_process_grid
 from treadle.train.federated.standing import RoundReport

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.privacy.entries import Budget, ReleaseKey
 from treadle.privacy.ledger import Ledger
 from treadle.privacy.noise import PrivateRandomness, SeededRandomness
 from treadle.train.federated.client import LocalResult, Silo
-from treadle.train.federated.factors import Factors
 from treadle.train.federated.local import OpenedSilo, Terms, local_training
 from treadle.train.federated.messages import Order
 from treadle.train.federated.settings import LocalWork

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from treadle.family.factors import Factors
 from treadle.family.injection import inject
-from treadle.train.federated.factors import Factors
 from treadle.train.objectives import rightly_answered
 from treadle.train.rows import Row
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from treadle.family.factors import Factors
 from treadle.train.accuracy import accuracy_of
-from treadle.train.federated.factors import Factors
 from treadle.train.rows import Row
 
 ROWS = 66  # more than one batch

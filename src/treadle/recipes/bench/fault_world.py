@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -22,7 +23,6 @@ from treadle.privacy.ledger import Ledger
 from treadle.privacy.noise import PrivateRandomness, SeededRandomness, SystemRandomness
 from treadle.train.federated.checkpoint import RunFolder, facts_of
 from treadle.train.federated.client import LocalResult, Silo
-from treadle.train.federated.factors import Factors
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.local import OpenedSilo, Terms, local_training
 from treadle.train.federated.messages import Order

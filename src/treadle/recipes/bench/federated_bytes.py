@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treadle.configs.bench.federated import FederatedBytesRun
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -20,7 +21,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.train.federated.checkpoint import RunFolder, facts_of
 from treadle.train.federated.client import LocalResult, Silo
-from treadle.train.federated.factors import Factors, key_of_A
+from treadle.train.federated.factors import key_of_A
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.messages import Order
 from treadle.train.federated.run import federate, in_process_grid

@@ -16,13 +16,13 @@ from torch import Tensor
 from treadle import files
 from treadle.configs.bench.federated import FederatedFaultsRun
 from treadle.errors import TreadleError, UnavailableError
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.fault_world import CLIENTS, Delivered, Train, World, new_world, same
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.train.federated.checkpoint import STATE
 from treadle.train.federated.client import LocalResult
-from treadle.train.federated.factors import Factors
 from treadle.train.federated.messages import Order
 from treadle.train.federated.run import FIRST_NODE, Message
 from treadle.train.federated.standing import ClientRow, RoundReport

@@ -22,6 +22,7 @@ from typing import cast
 from treadle.configs.bench.federated import FederatedCell, FederatedQualityRun, GridPoint
 from treadle.data.tasks import Task, load_task
 from treadle.evaluation.intervals import Interval, mean_interval
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -43,7 +44,7 @@ from treadle.recipes.bench.result import (
 from treadle.recipes.federated_trial import split
 from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.aggregation import Update
-from treadle.train.federated.factors import Factors, GlobalState
+from treadle.train.federated.factors import GlobalState
 from treadle.train.federated.local import OpenedSilo, stepped
 from treadle.train.federated.variants import VariantSettings
 from treadle.train.settings import PrivateSettings

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from treadle.configs.bench.ranks import RankChangeRun, RankWorthRun, Way
 from treadle.evaluation.intervals import mean_interval
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes, trainable_factors
 from treadle.family.plan import RankPlan
@@ -45,7 +46,6 @@ from treadle.recipes.bench.result import (
 from treadle.train.accuracy import accuracy_of
 from treadle.train.attention import quick_attention
 from treadle.train.batches import steps_of
-from treadle.train.federated.factors import Factors
 from treadle.train.objectives import mean_losses
 from treadle.train.rows import Row
 from treadle.train.settings import SftSettings

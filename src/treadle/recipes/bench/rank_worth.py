@@ -23,6 +23,7 @@ from typing import Literal, cast
 from treadle.configs.bench.ranks import RankArm, RankCell, RankWorthRun
 from treadle.data.tasks import load_task
 from treadle.evaluation.intervals import mean_interval, sign_flip_p
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -47,7 +48,6 @@ from treadle.recipes.bench.result import (
 )
 from treadle.recipes.rank_peers import settings_of
 from treadle.train.accuracy import accuracy_of
-from treadle.train.federated.factors import Factors
 from treadle.train.rows import classes_of
 from treadle.train.sft import train_sft
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from treadle import files
 from treadle.errors import BudgetError, InputError, MismatchError, TreadleError, UnavailableError
+from treadle.family.factors import Factors
 from treadle.family.family import METADATA, WEIGHTS, AdapterFamily
-from treadle.train.federated.factors import Factors, received
+from treadle.train.federated.factors import received
 from treadle.train.federated.messages import (
     Order,
     Reply,

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from treadle.errors import MismatchError
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 
 _A, _OWN = "/A", "/own/"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The two factors of every module: A is (rank, in_features), B (out_features, rank) with its scaling folded in."""
-
-    lora_A: Mapping[str, Tensor]
-    lora_B: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

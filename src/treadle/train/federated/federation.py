@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.train.federated.client_privacy import ClientPrivacyPlan
-from treadle.train.federated.factors import Factors, GlobalState, key_of_A
+from treadle.train.federated.factors import GlobalState, key_of_A
 from treadle.train.federated.messages import Order
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.standing import Member

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from treadle.errors import FormatError
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import trainable_factors
 from treadle.privacy.accounting import Accountant
@@ -21,7 +22,7 @@ from treadle.privacy.ledger import Ledger, release
 from treadle.privacy.noise import PrivateRandomness, SystemRandomness
 from treadle.privacy.plan import DPPlan, Mechanism, PrivacySettings
 from treadle.train.federated.client import LocalResult
-from treadle.train.federated.factors import Factors, key_of_A
+from treadle.train.federated.factors import key_of_A
 from treadle.train.federated.messages import Order
 from treadle.train.federated.settings import LocalWork
 from treadle.train.objectives import kind_of

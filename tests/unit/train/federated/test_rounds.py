@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from treadle.errors import FormatError, InputError, MismatchError
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.train.federated.checkpoint import ROUNDS, STATE, RunFolder, facts_of, read_reports
 from treadle.train.federated.client import LocalResult, Silo
-from treadle.train.federated.factors import Factors
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.messages import Order
 from treadle.train.federated.monitors import cosines, mean_norm, noise_to_signal

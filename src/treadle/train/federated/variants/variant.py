@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from treadle.errors import FormatError, MismatchError
+from treadle.family.factors import Factors
 from treadle.train.federated.aggregation import Deviation, Update, deviation, in_order, mean_of, shares, together
-from treadle.train.federated.factors import Factors, GlobalState, key_of_A
+from treadle.train.federated.factors import GlobalState, key_of_A
 from treadle.train.federated.freezing import Freezing
 
 

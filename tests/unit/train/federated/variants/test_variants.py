@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from treadle.errors import ConfigError, FormatError, InputError, MismatchError
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.train.federated.aggregation import Update, shares
-from treadle.train.federated.factors import Factors, GlobalState, key_of_A, nested_rank, received
+from treadle.train.federated.factors import GlobalState, key_of_A, nested_rank, received
 from treadle.train.federated.variants import VARIANTS, Aggregate, Variant, VariantSettings
 
 SHAPES = {"a.q": LayerShape(12, 10), "b.k": LayerShape(9, 14), "c.v": LayerShape(20, 6), "d.o": LayerShape(8, 8)}
