@@ -64,3 +64,5 @@ def test_relatedness_is_held_against_what_a_task_gains() -> None:
     assert by_task["b"]["lost_to_oracle"] == pytest.approx(0.5)
     # ranks of relatedness 1, 2.5, 2.5 and of gains 3, 2, 1: covariance -1.5 over √1.5·√2
     assert result.metrics["relatedness_with_gain"].value == pytest.approx(-1.5 / 3**0.5)
+    # and of losses 1, 2, 3
+    assert result.metrics["relatedness_with_loss"].value == pytest.approx(1.5 / 3**0.5)
