@@ -297,7 +297,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
     "federated-quality": _federated_quality("federated-quality"),
-    "federated-quality-trec": _federated_quality("federated-quality-trec"),
+    "federated-quality-subj": _federated_quality("federated-quality-subj"),
     "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
     "par-minds": Benchmark(ParMindsRun, _par_minds, par_minds.summary),
     "par-smollm2": Benchmark(ParSmollm2Run, _par_smollm2, par_smollm2.summary),
