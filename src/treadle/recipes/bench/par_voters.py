@@ -57,13 +57,11 @@ def par_voters(config: ParVotersRun, *, work: Path, data: Path | None, progress:
             hits = _hits(config, found, truth, size=size)
             right[template, size] = [fmean(of_row) for of_row in zip(*hits, strict=True)]
             shares = [fmean(of_panel) for of_panel in hits]
-            row = {"template": template, "panel": size, "panels": len(hits), "accuracy": fmean(shares)}
-            shown.append({**row, "worst": min(shares), "best": max(shares)})
+            row: dict[str, object] = {"template": template, "panel": size, "panels": len(hits)}
+            shown.append({**row, "accuracy": fmean(shares), "worst": min(shares), "best": max(shares)})
     compared = _comparisons(config, right)
-    shown += [
-        {"comparison": what, "difference": found.estimate, "low": found.low, "high": found.high}
-        for what, found in compared.items()
-    ]
+    for what, interval in compared.items():
+        shown.append({"comparison": what, "difference": interval.estimate, "low": interval.low, "high": interval.high})
     metrics = {name: Metric(interval.estimate, "1") for name, interval in compared.items()}
     return BenchmarkResult(NAME, device_name(), commit(), config.model_dump(mode="json"), metrics, shown)
 
