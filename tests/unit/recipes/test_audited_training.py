@@ -67,7 +67,8 @@ def test_a_kept_promise_stands_and_a_planted_bug_is_caught(root: Path, capsys: p
     planted = [row for row in found["findings"] if row["noise_left"] == 0.1]
     assert len(honest) == len(planted) == 2
     assert all(row["epsilon_at_least"] < 1.0 for row in honest)
-    assert max(row["epsilon_at_least"] for row in planted) > 1.5
+    # noise is never seeded here: 1.51 to 1.98 in twelve executions, mean 1.68, deviation .14; what is claimed is 1
+    assert max(row["epsilon_at_least"] for row in planted) > 1.0
     assert (found["holds"], found["caught"]) == (True, True)
 
 

@@ -203,9 +203,12 @@ def superlink(tmp_path: Path) -> Iterator[Link]:
             size += len(message.get("body", b""))
             return message
 
-        await app(scope, heard, send)
-        if scope["type"] == "http":
-            read.append((scope["path"], scope["http_version"], size))
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":  # noted before the client can go on
+                read.append((scope["path"], scope["http_version"], size))
+            await send(message)
+
+        await app(scope, heard, told)
 
     keys = {"ssl_certfile": certificate, "ssl_keyfile": certificate.with_name("key.pem")}
     server = uvicorn.Server(uvicorn.Config(counted, ws="none", log_config=None, **keys))
