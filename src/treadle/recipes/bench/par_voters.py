@@ -5,7 +5,7 @@ voters    models on this machine, each under every template
 panels    all of 1, 3, 5 voters under one template: how often their majority is right, a tie being wrong
 compared  row by row, the mean over panels here minus there; then the mean over rows with its 95% interval
 
-Reference: arXiv 2507.20999, table 5 (voters on GSM8K, by the accuracy after training; it has no right labels).
+Reference: arXiv 2507.20999 (voters that play the target model, judged by the accuracy after training on their labels).
 """
 
 import json
