@@ -107,26 +107,41 @@ class Benchmark(Generic[Config]):
     shown: Callable[[Config, Sequence[Mapping[str, object]]], BenchmarkResult] | None = None
 
 
+def _study(
+    name: str,
+    settings: type[Config],
+    full: Callable[..., BenchmarkResult],
+    quick: Callable[..., BenchmarkResult],
+    summary: Callable[[Config, Sequence[Mapping[str, object]]], BenchmarkResult],
+) -> Benchmark[Config]:
+    """One of several studies by the same code, each with the settings of its own name."""
+
+    def run(config: Config, session: Session) -> BenchmarkResult:
+        study = quick if session.quick else partial(full, runs=session.runs)
+        return replace(study(config, work=session.work, data=session.data, progress=session.progress), name=name)
+
+    def shown(config: Config, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
+        return replace(summary(config, runs), name=name)
+
+    return Benchmark(settings, run, shown)
+
+
+def _federated_quality(name: str) -> Benchmark[FederatedQualityRun]:
+    study = federated_quality
+    return _study(name, FederatedQualityRun, study.federated_quality, study.quick_federated_quality, study.summary)
+
+
+def _rank_worth(name: str) -> Benchmark[RankWorthRun]:
+    study = rank_worth
+    return _study(name, RankWorthRun, study.rank_worth, study.quick_rank_worth, study.summary)
+
+
 def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
     if session.quick:
         return demo_quality.quick_demo_quality(config, work=session.work, progress=session.progress)
     return demo_quality.demo_quality(
         config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
     )
-
-
-def _federated_quality(name: str) -> Benchmark[FederatedQualityRun]:
-    """The study of that name, with the cells, the steps and the base of its own configuration."""
-
-    def run(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
-        quick = federated_quality.quick_federated_quality
-        study = quick if session.quick else partial(federated_quality.federated_quality, runs=session.runs)
-        return replace(study(config, work=session.work, data=session.data, progress=session.progress), name=name)
-
-    def shown(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
-        return replace(federated_quality.summary(config, runs), name=name)
-
-    return Benchmark(FederatedQualityRun, run, shown)
 
 
 def _privacy_audit(config: PrivacyAuditRun, session: Session) -> BenchmarkResult:
@@ -178,19 +193,6 @@ def _rank_probe_cost(config: RankProbeCostRun, session: Session) -> BenchmarkRes
     if session.quick:
         return rank_probe_cost.quick_rank_probe_cost(config, work=session.work, progress=session.progress)
     return rank_probe_cost.rank_probe_cost(config, runs=session.runs, work=session.work, progress=session.progress)
-
-
-def _rank_worth(name: str) -> Benchmark[RankWorthRun]:
-    """The study of that name: one way to run it, with the rows, the base and the arms of its own configuration."""
-
-    def run(config: RankWorthRun, session: Session) -> BenchmarkResult:
-        study = rank_worth.quick_rank_worth if session.quick else partial(rank_worth.rank_worth, runs=session.runs)
-        return replace(study(config, work=session.work, data=session.data, progress=session.progress), name=name)
-
-    def shown(config: RankWorthRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
-        return replace(rank_worth.summary(config, runs), name=name)
-
-    return Benchmark(RankWorthRun, run, shown)
 
 
 def _routing_composition(config: RoutingCompositionRun, session: Session) -> BenchmarkResult:

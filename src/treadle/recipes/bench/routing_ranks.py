@@ -6,7 +6,6 @@ relatedness of a task = the largest cosine of its update ΔW = B·A with that of
 With one frozen A two updates are compared by their lora_B alone: ⟨B₁A, B₂A⟩ = tr(B₁ᵀ B₂ A Aᵀ).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -127,8 +126,7 @@ def _products(
 def summary(config: RoutingRanksRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """A row a rank and form with every arm's accuracy; a row a rank and task with its relatedness and what it gains."""
     rows: list[dict[str, object]] = []
-    related_gain: list[float] = []
-    related_loss: list[float] = []
+    correlations: dict[str, list[float]] = {"gain": [], "loss": []}
     for run in sorted(runs, key=lambda run: cast("int", run["rank"])):
         cells = cast("list[dict[str, object]]", run["cells"])
         right = {
@@ -142,31 +140,22 @@ def summary(config: RoutingRanksRun, runs: Sequence[Mapping[str, object]]) -> Be
         gains = {task: _mean(right, task=task, arm=ROUTED) - _mean(right, task=task, arm="base") for task in related}
         lost = {task: _mean(right, task=task, arm="oracle") - _mean(right, task=task, arm=ROUTED) for task in related}
         for task, relatedness in related.items():
-            found = {"relatedness": relatedness, "gain": gains[task], "lost_to_oracle": lost[task]}
-            rows.append({"rank": run["rank"], "task": task, **found})
-        related_gain.append(_correlation(related, gains))
-        related_loss.append(_correlation(related, lost))
+            figures = {"relatedness": relatedness, "gain": gains[task], "lost_to_oracle": lost[task]}
+            rows.append({"rank": run["rank"], "task": task, **figures})
+        for name, found in (("gain", gains), ("loss", lost)):
+            if len(related) > 2 and len(set(found.values())) > 1:
+                correlations[name].append(spearman(related, found))
     trained = {
         f"oracle_share_rank_{row['rank']}": Metric(cast("float", row["share_of_oracle"]), "1")
         for row in rows
         if row.get("condition") == "trained"
     }
-    metrics = {
-        **trained,
-        "relatedness_with_gain": Metric(_mean_of_known(related_gain), "1"),
-        "relatedness_with_loss": Metric(_mean_of_known(related_loss), "1"),
+    with_relatedness = {
+        f"relatedness_with_{name}": Metric(fmean(values) if values else float("nan"), "1")
+        for name, values in correlations.items()
     }
+    metrics = {**trained, **with_relatedness}
     return BenchmarkResult(NAME, device_name(), commit(), config.model_dump(mode="json"), metrics, rows)
-
-
-def _correlation(related: Mapping[str, float], found: Mapping[str, float]) -> float:
-    """The rank correlation over tasks, NaN where it has none."""
-    return spearman(related, found) if len(related) > 2 and len(set(found.values())) > 1 else math.nan
-
-
-def _mean_of_known(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return fmean(known) if known else math.nan
 
 
 def _mean(
