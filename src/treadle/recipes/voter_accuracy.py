@@ -17,6 +17,12 @@ class Panels:
     best: float
     count: int
 
+    @staticmethod
+    def of(hits: Sequence[Sequence[bool]]) -> "Panels":
+        """The figures of `panel_hits`."""
+        shares = [sum(of_panel) / len(of_panel) for of_panel in hits]
+        return Panels(min(shares), sum(shares) / len(shares), max(shares), len(shares))
+
 
 @dataclass(frozen=True)
 class VoterAccuracy:
@@ -59,7 +65,7 @@ def voter_accuracy(
     return VoterAccuracy(
         wilson_interval(_right(labels, truth), len(truth)),
         {name: wilson_interval(_right(column, truth), len(truth)) for name, column in votes.items()},
-        {size: _panels(columns, truth, systems, size=size) for size in range(1, len(columns) + 1, 2)},
+        {size: Panels.of(panel_hits(columns, truth, systems, size=size)) for size in range(1, len(columns) + 1, 2)},
     )
 
 
@@ -84,10 +90,3 @@ def panel_hits(
         [decide(row, rule).system == right for row, right in zip(zip(*panel, strict=True), truth, strict=True)]
         for panel in combinations(columns, size)
     ]
-
-
-def _panels(
-    columns: Sequence[Sequence[str | None]], truth: Sequence[str], systems: tuple[str, ...], *, size: int
-) -> Panels:
-    shares = [sum(hits) / len(hits) for hits in panel_hits(columns, truth, systems, size=size)]
-    return Panels(min(shares), sum(shares) / len(shares), max(shares), len(shares))

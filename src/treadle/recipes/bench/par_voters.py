@@ -23,7 +23,7 @@ from treadle.evaluation.voters.random import RandomVoter
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
 from treadle.recipes.classify import Classified, classify
-from treadle.recipes.voter_accuracy import panel_hits
+from treadle.recipes.voter_accuracy import Panels, panel_hits
 
 NAME = "par-voters"
 LOTS = "random"
@@ -56,9 +56,9 @@ def par_voters(config: ParVotersRun, *, work: Path, data: Path | None, progress:
         for size in config.panels:
             hits = _hits(config, found, truth, size=size)
             right[template, size] = [fmean(of_row) for of_row in zip(*hits, strict=True)]
-            shares = [fmean(of_panel) for of_panel in hits]
-            row: dict[str, object] = {"template": template, "panel": size, "panels": len(hits)}
-            shown.append({**row, "accuracy": fmean(shares), "worst": min(shares), "best": max(shares)})
+            panels = Panels.of(hits)
+            row: dict[str, object] = {"template": template, "panel": size, "panels": panels.count}
+            shown.append({**row, "accuracy": panels.mean, "worst": panels.worst, "best": panels.best})
     compared = _comparisons(config, right)
     for what, interval in compared.items():
         shown.append({"comparison": what, "difference": interval.estimate, "low": interval.low, "high": interval.high})
