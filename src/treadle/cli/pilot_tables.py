@@ -34,6 +34,19 @@ def show_pilot(found: PilotResult, *, json: bool) -> None:
             for row in found.curve
         ],
     )
+    if found.signals:
+        print_table(
+            "public rows' gradients before training",
+            ("A", "norm, 10%", "median", "90%", "clip", "cut by it", "in common (κ)"),
+            [
+                (init, *signal.norms, row.clip, row.cut, row.coherence)
+                for init, signal in found.signals.items()
+                for row in signal.clipped
+            ],
+        )
+    for row in found.curve:
+        if row.noise is not None and row.noise.signal is not None:
+            say(f"{shown(row.epsilon)}: the trials' steps add up to {row.noise.signal:.2g} times their noise in B")
     say(f"the base alone, untrained: {found.untrained:.4g}")
     for check in found.checks:
         if not check.holds:
@@ -60,11 +73,12 @@ def _content(found: PilotResult, page: Path) -> dict[str, object]:
                 "round_bytes": row.round_bytes,
                 "step_seconds": row.step_seconds,
                 "memory_bytes": row.memory,
-                "noise_multiplier": row.noise,
-                "noise_multiplier_of_run": row.noise_of_run,
+                "noise": None if row.noise is None else asdict(row.noise),
+                "noise_of_run": None if row.noise_of_run is None else asdict(row.noise_of_run),
             }
             for row in found.curve
         ],
+        "signals": {init: asdict(signal) for init, signal in found.signals.items()},
         "searched": [asdict(trial) for trial in found.searched],
     }
 

@@ -32,13 +32,18 @@ def clipped_sum(batch: MicroBatch, max_norm: float) -> dict[str, Float64[Tensor,
 
     Reference: arXiv 1607.00133, algorithm 1.
     """
-    squares = torch.zeros(len(batch.weights), dtype=torch.float64)
-    for gradient in batch.gradients.values():
-        squares += torch.linalg.vector_norm(_stored(gradient), dim=1).double().cpu().square()
-    norms = squares.sqrt() * batch.weights.double()
+    norms = row_norms(batch)
     sound = norms.isfinite()
     factors = torch.where(sound, batch.weights.double() * (max_norm / norms).clamp(max=1.0), 0.0)
     return {name: _weighted(gradient, factors, sound) for name, gradient in batch.gradients.items()}
+
+
+def row_norms(batch: MicroBatch) -> Float64[Tensor, " examples"]:
+    """The norm of each example's weighted gradient, over all weights together."""
+    squares = torch.zeros(len(batch.weights), dtype=torch.float64)
+    for gradient in batch.gradients.values():
+        squares += torch.linalg.vector_norm(_stored(gradient), dim=1).double().cpu().square()
+    return squares.sqrt() * batch.weights.double()
 
 
 def _weighted(

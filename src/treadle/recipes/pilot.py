@@ -1,5 +1,6 @@
 """A pilot: what a federation is likely to reach, found on public rows before any private row has cost anything.
 
+signal     what public rows' gradients have in common at every A, and so what the noise of every ε leaves of it
 search     every A × learning rate × clip at every ε, one seed, judged on the first half of the rows held out
 report     the best of them at every ε, on fresh seeds, judged on the second half
 decision   the smallest acceptable ε at which every threshold holds; they were written down before the first trial
@@ -13,6 +14,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -34,7 +36,7 @@ from treadle.recipes.family import new_family
 from treadle.recipes.federate import federate_in_process, state_folder
 from treadle.recipes.federated_trial import split
 from treadle.recipes.footprint import forget_peak, peak_bytes
-from treadle.recipes.pilot_result import AtEpsilon, Check, PilotResult, Point, Trial, Tried
+from treadle.recipes.pilot_result import AtEpsilon, Check, Noise, PilotResult, Point, Trial, Tried
 from treadle.recipes.silo import number_of
 from treadle.recipes.simulated_silos import SimulatedSilos
 from treadle.recipes.train import examples_of
@@ -45,8 +47,10 @@ from treadle.train.federated.run import federate, in_process_grid
 from treadle.train.federated.standing import RoundReport
 from treadle.train.rows import Row, encoded, shuffled
 from treadle.train.settings import PrivateSettings
+from treadle.train.signal import GradientSignal, gradient_signal
 
 PILOT, TRIALS, RUN = "pilot.json", "trials.jsonl", "run.toml"
+_ROWS_OF_SIGNAL = 512
 
 
 def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
@@ -81,7 +85,7 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
         searched += here
         curve.append(work.at(epsilon, best, reported))
     untrained = accuracy_of(work.stage.model, Factors({}, {}), work.stage.judging["report"])
-    return _decided(config, tuple(searched), tuple(curve), untrained)
+    return _decided(config, work.signals, tuple(searched), tuple(curve), untrained)
 
 
 def _write_down(config: PilotRun) -> None:
@@ -177,6 +181,25 @@ class _Pilot:
     config: PilotRun
     stage: _Stage
 
+    @cached_property
+    def signals(self) -> dict[Init, GradientSignal]:
+        """What the public rows' gradients have in common, at every A; of private rows that would be a release."""
+        if self.config.private:
+            return {}
+        seed, grid = self.config.trials.tuning_seed, self.config.grid
+        order = shuffled(len(self.stage.rows), seed, "signal")[:_ROWS_OF_SIGNAL]
+        rows = [self.stage.rows[place] for place in order]
+        return {
+            init: gradient_signal(
+                self.stage.model,
+                AdapterFamily.load(self.family(init, seed)),
+                rows,
+                grid.max_grad_norm,
+                micro_batch=self.config.trials.micro_batch,
+            )
+            for init in grid.init
+        }
+
     def tried(self, trial: Trial) -> Tried:
         """What the trial shows."""
         device = choose_device(self.config.trials.device)
@@ -270,24 +293,33 @@ class _Pilot:
         noise = noise_of_run = None
         if not self.config.private:
             smallest = min(map(len, self._silos(tried[0].trial).rows.values()))
-            noise = self._noise(epsilon, smallest)
-            noise_of_run = None if records is None else self._noise(epsilon, records, run=True)
+            noise = self._noise(epsilon, point, smallest)
+            noise_of_run = None if records is None else self._noise(epsilon, point, records, run=True)
         accuracy = _accuracy(tried, len(self.stage.judging["report"]))
         return AtEpsilon(epsilon, point, accuracy, tried, noise, noise_of_run)
 
-    def _noise(self, epsilon: Epsilon, records: int, *, run: bool = False) -> float:
-        """The noise multiplier of a trial, or of the whole run, for a silo of so many rows."""
-        work = self.config.run.work
+    def _noise(self, epsilon: Epsilon, point: Point, records: int, *, run: bool = False) -> Noise:
+        """That of a trial, or of the whole run, where the smallest silo has so many rows."""
+        work, trials = self.config.run.work, self.config.trials
+        rounds, clients = (work.rounds, self.config.run.rules.asked) if run else (trials.rounds, trials.clients)
         settings = PrivacySettings(
             epsilon=number_of(epsilon),
-            delta=self.config.trials.delta,
+            delta=trials.delta,
             records=records,
             expected_batch=work.expected_batch,
-            rounds=work.rounds if run else self.config.trials.rounds,
+            rounds=rounds,
             local_steps=work.local_steps,
             reserve_rounds=work.reserve_rounds if run else 0,
         )
-        return settings.plan().noise_multiplier
+        multiplier = settings.plan().noise_multiplier
+        signal = self.signals[point.init].to_noise(
+            point.max_grad_norm,
+            multiplier,
+            batch=work.expected_batch,
+            steps=rounds * work.local_steps,
+            clients=clients,
+        )
+        return Noise(multiplier, signal if multiplier else None)
 
 
 @dataclass(frozen=True)
@@ -324,7 +356,11 @@ def _checks(config: PilotRun, row: AtEpsilon) -> tuple[Check, ...]:
 
 
 def _decided(
-    config: PilotRun, searched: tuple[Tried, ...], curve: tuple[AtEpsilon, ...], untrained: float
+    config: PilotRun,
+    signals: Mapping[Init, GradientSignal],
+    searched: tuple[Tried, ...],
+    curve: tuple[AtEpsilon, ...],
+    untrained: float,
 ) -> PilotResult:
     """The smallest ε that may go, and its run; else the row that comes closest, and no run."""
     path = config.out / RUN
@@ -333,11 +369,11 @@ def _decided(
         if all(check.holds for check in checks):
             files.write_bytes(path, _run_text(config, row).encode())
             load_toml(path, FederateRun)
-            return PilotResult(config, searched, curve, untrained, row, checks, path)
+            return PilotResult(config, signals, searched, curve, untrained, row, checks, path)
     path.unlink(missing_ok=True)
     within = [row for row in curve if acceptable(row.epsilon, config.go)] or list(curve)
     best = max(within, key=lambda row: row.accuracy.low)
-    return PilotResult(config, searched, curve, untrained, best, _checks(config, best), None)
+    return PilotResult(config, signals, searched, curve, untrained, best, _checks(config, best), None)
 
 
 def _run_text(config: PilotRun, row: AtEpsilon) -> str:

@@ -9,6 +9,7 @@ from statistics import fmean
 from treadle.configs.pilot import Epsilon, Init, PilotRun
 from treadle.errors import FormatError
 from treadle.evaluation.intervals import Interval
+from treadle.train.signal import GradientSignal
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What is added at one ε.
+
+    Attributes:
+        multiplier: the noise's deviation over the clip.
+        signal: how far all steps move B along the public rows' first gradient, over that noise; None without noise.
+    """
+
+    multiplier: float
+    signal: float | None
+
+
+@dataclass(frozen=True)
 class AtEpsilon:
     """What the pilot found for one ε.
 
@@ -81,7 +95,7 @@ class AtEpsilon:
         accuracy: over the seeds, with the wider of two 95% intervals at either end: Student's over seeds, and Wilson's
             over the rows that judge.
         tried: the reported trials.
-        noise: noise multiplier of the trials; None in a private pilot, where each silo has its own.
+        noise: of the trials; None in a private pilot, where each silo has its own.
         noise_of_run: likewise of the whole run, where its `records` are stated.
     """
 
@@ -89,8 +103,8 @@ class AtEpsilon:
     point: Point
     accuracy: Interval
     tried: tuple[Tried, ...]
-    noise: float | None
-    noise_of_run: float | None
+    noise: Noise | None
+    noise_of_run: Noise | None
 
     @property
     def round_bytes(self) -> int:
@@ -124,6 +138,7 @@ class PilotResult:
 
     Attributes:
         config: what was tried.
+        signals: what public rows' gradients have in common, by the A; empty in a private pilot.
         searched: the trials that chose.
         curve: a row an ε, the strongest privacy first.
         untrained: accuracy of the base alone, on the rows that judge the curve.
@@ -134,6 +149,7 @@ class PilotResult:
     """
 
     config: PilotRun
+    signals: Mapping[Init, GradientSignal]
     searched: tuple[Tried, ...]
     curve: tuple[AtEpsilon, ...]
     untrained: float

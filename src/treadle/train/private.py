@@ -158,7 +158,7 @@ def private_steps(
         UnsupportedError: a module's gradients cannot be told apart by example.
         TreadleError: B became NaN or infinite, or the plan does not pay for that many steps.
     """
-    work = _Work(model, lora_B, rows, settings)
+    work = RowGradients(model, lora_B, rows, settings)
     optimizer = _optimizer(lora_B, settings)
     with eval_mode(model), quick_attention(model, max(row.tokens for row in rows)):
         for step in range(steps):
@@ -173,8 +173,15 @@ def private_steps(
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the gradients of a batch are computed from."""
+class RowGradients:
+    """The gradients of rows, one by one.
+
+    Attributes:
+        model: with the weights injected, in eval mode.
+        lora_B: the weights, by the name of their module.
+        rows: all there are.
+        settings: gives the micro-batch.
+    """
 
     model: PreTrainedModel
     lora_B: Mapping[str, nn.Parameter]

@@ -23,7 +23,7 @@ from treadle.privacy.accounting import calibrated_noise_multiplier
 from treadle.privacy.ledger import Ledger
 from treadle.recipes.federate import federate_in_process, run_of
 from treadle.recipes.pilot import TRIALS, pilot
-from treadle.recipes.pilot_result import PilotResult, Point, Trial, Tried
+from treadle.recipes.pilot_result import Noise, PilotResult, Point, Trial, Tried
 from treadle.train.rows import shuffled
 
 runner = CliRunner()
@@ -170,8 +170,14 @@ def test_what_a_pilot_reports_is_measured(made: tuple[Path, PilotResult]) -> Non
     assert strict.memory > 50e6  # torch alone holds more
     for noise, rate, steps in ((strict.noise, 4 / 20, 2 * 2), (strict.noise_of_run, 4 / 40, 3 * 2)):
         wanted = calibrated_noise_multiplier(epsilon=2.0, delta=1e-3, sample_rate=rate, steps=steps)
-        assert noise == pytest.approx(wanted, rel=1e-6)
-    assert found.curve[1].noise == 0.0
+        assert noise is not None
+        assert noise.multiplier == pytest.approx(wanted, rel=1e-6)
+    assert found.curve[1].noise == Noise(0.0, None)
+    signal = found.signals["kaiming"]
+    assert (signal.rows, signal.size) == (40, B)
+    assert strict.noise is not None
+    steps = signal.to_noise(1.0, strict.noise.multiplier, batch=4, steps=2 * 2, clients=2)
+    assert strict.noise.signal == pytest.approx(steps)
     assert 0.0 <= strict.accuracy.low <= strict.accuracy.estimate <= strict.accuracy.high <= 1.0
     assert strict.accuracy.high - strict.accuracy.low > 0.25  # Wilson's alone, over ten rows, is at least 0.27 wide
     assert all(trial.spent is None for trial in found.searched)
@@ -231,6 +237,7 @@ def test_a_private_pilot_pays_for_every_trial(root: Path) -> None:
     found = pilot(configured(root, *changes))
     trials = [*found.searched, *found.curve[0].tried]
     assert [row.epsilon for row in found.curve] == [4.0]
+    assert found.signals == {}  # of private rows they would be a release
     spent = [trial.spent or 0.0 for trial in trials]
     assert spent == sorted(spent)
     assert 0 < spent[0] <= 4.0 < spent[-1] <= 16.0  # four runs of at most 4 each compose
@@ -284,6 +291,8 @@ def test_the_page_and_the_command(made: tuple[Path, PilotResult]) -> None:
     assert "signs: go" in page
     assert "so that the search has cost no ε" in page
     assert f"untrained, has {content['untrained']:.3f} on the same rows" in page
+    assert "Rows' gradients before training" in page
+    assert 0 < content["signals"]["kaiming"]["norms"][0] <= content["signals"]["kaiming"]["norms"][2]
     assert "<script" not in page
     assert tomllib.loads((root / "pilot" / "run.toml").read_text())["name"] == "signs"
     plain = runner.invoke(app, ["federate", "pilot", str(root / "pilot.toml")])
