@@ -3,7 +3,10 @@
 Imported inside the command, since the recipe's types bring torch with them.
 """
 
+from dataclasses import asdict
+
 from treadle.cli.console import print_json, print_table, remark, say
+from treadle.evaluation.intervals import Interval
 from treadle.recipes.stages import StagedAdapter
 from treadle.train.stages.training import Passed
 
@@ -21,6 +24,7 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
                 "regions": trained.regions,
                 "stages": [_part(part) for part in result.passed],
                 "accuracy": result.accuracy,
+                "ablations": [asdict(each) for each in trained.ablations],
             }
         )
         return
@@ -33,12 +37,26 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
         systems = list(next(iter(result.accuracy.values())))
         rows = [[name, *(round(found[system], 3) for system in systems)] for name, found in result.accuracy.items()]
         print_table("accuracy on held-out examples", ["after", *systems], rows)
+    if trained.ablations:
+        systems = list(trained.ablations[0].accuracy)
+        print_table(
+            "ablations: accuracy at the end",
+            ["run", "parameters of each stage", *systems],
+            [
+                [each.name, " · ".join(f"{count:,}" for count in each.parameters), *map(_shown, each.accuracy.values())]
+                for each in trained.ablations
+            ],
+        )
     for (one, other), floor in ({} if result.regions is None else result.regions.floors).items():
         if floor.floor <= floor.between:
             remark(f"{floor.samples} samples do not tell {one} from {other}: raise regions.samples")
     for part in result.passed:
         if part.left_out:
             remark(f"{part.name}: {part.left_out} examples have too long a prompt: raise max_prompt_length")
+
+
+def _shown(found: Interval) -> str:
+    return f"{found.estimate:.3f} ({found.low:.2f}–{found.high:.2f})"
 
 
 def _curve(part: Passed) -> tuple[str, list[float]]:

@@ -15,6 +15,9 @@ from treadle.train.stages.starts import WITHOUT_IMPORTANCE, Start
 Repeats = Literal["gsm8k"]
 """The tables of `reports/published.toml`."""
 
+Ablation = Literal["shuffled", "all", "lower-rank", "reversed"]
+"""What may be taken away from a run; see `recipes.stage_ablations`."""
+
 
 class SystemTask(TaskData):
     """The training split of a task, as the data of a system.
@@ -115,6 +118,9 @@ class StagesRun(RunConfig):
         base: where the family's base model is, if its own label does not say: catalogue name, folder or hub id.
         look_steps: steps between measurements of accuracy within a stage; 0 measures at its ends alone.
         repeats: the published table whose training this is; the run's page then has the published figures beside it.
+        ablations: the run again with one thing taken away, for comparison; each takes as long as the run, and makes
+            figures but no adapter. "shuffled": regions of the same sizes by chance; "all": no regions; "lower-rank": a
+            plain LoRA of about as many parameters; "reversed": the stages in reverse order.
         minds: whether every system's own and shared ranks are saved beside `out` as an adapter of their own,
             `NAME-SYSTEM`, for a bank to route to.
         public: whether the data may be known; only then their digest is recorded in the adapter.
@@ -133,6 +139,7 @@ class StagesRun(RunConfig):
     base: str | None = None
     look_steps: int = Field(default=0, ge=0)
     repeats: Repeats | None = None
+    ablations: tuple[Ablation, ...] = ()
     minds: bool = False
     public: bool = False
     device: str = "auto"
@@ -148,7 +155,18 @@ class StagesRun(RunConfig):
             raise ValueError("regions need two systems or more to tell apart; regions.granularity = 'none' needs one")
         if self.minds and (self.regions.granularity != "rank" or self.regions.moves_A):
             raise ValueError("minds are adapters of the family: they need regions of whole ranks, and A frozen")
+        self._check_ablations()
         return self
+
+    def _check_ablations(self) -> None:
+        if len(set(self.ablations)) < len(self.ablations):
+            raise ValueError("ablations names one twice")
+        if self.ablations and not any(system.held_out for system in self.systems.values()):
+            raise ValueError("ablations are compared on held-out examples: set held_out of a system")
+        if self.regions.granularity == "none" and set(self.ablations) - {"reversed"}:
+            raise ValueError("without regions there is nothing to ablate but the order of stages: 'reversed'")
+        if "reversed" in self.ablations and len(self.stages) < 2:
+            raise ValueError("ablation 'reversed' needs two stages")
 
 
 def run_kind(path: Path) -> type[TrainRun] | type[StagesRun]:

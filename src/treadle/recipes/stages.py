@@ -3,6 +3,7 @@
 family, base    proved to belong together
 systems         examples of each, by label; the last of them held out for accuracy
 training        `train_in_stages`: warm-up, importance, regions, stages; continued where a run was cut short
+ablations       if asked for, the same with one thing taken away
 adapter         a PEFT folder with its provenance; minds and regions beside it; then the state goes
 """
 
@@ -29,6 +30,7 @@ from treadle.partition.region_files import save_regions
 from treadle.partition.regions import Regions
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
+from treadle.recipes.stage_ablations import Ablated, ablated
 from treadle.recipes.train import alone, data_name
 from treadle.train.rows import data_sha256
 from treadle.train.stages.acting import acting, all_ranks
@@ -62,6 +64,7 @@ class StagedAdapter:
             which rows is a fact about the data, and adapters are handed on.
         result: of the training.
         answers: a few held-out prompts.
+        ablations: the run itself and, after it, what was asked for; empty where nothing was.
     """
 
     adapter: Adapter
@@ -70,6 +73,7 @@ class StagedAdapter:
     regions: Path | None
     result: Staged
     answers: Sequence[Answer]
+    ablations: Sequence[Ablated] = ()
 
 
 def train_adapter_in_stages(
@@ -101,7 +105,10 @@ def train_adapter_in_stages(
     regions = config.out.parent / f"{config.out.name}.regions.safetensors"
     plan = Plan(_partition(config.regions), _assigned(config.stages), config.look_steps, allow_code_execution)
     with alone(config.out):
-        result = train_in_stages(Run(model, tokenizer, family, systems, plan, state, progress))
+        run = Run(model, tokenizer, family, systems, plan, state, progress)
+        result = train_in_stages(run)
+        # Before the adapter is written: with it the run is over, and one that was cut short must find all that it made.
+        others = [ablated(name, run, result) for name in config.ablations]
         answers = _answers(model, tokenizer, systems, result.factors)
         provenance = _provenance(config, family, systems, result)
         transposed = isinstance(model.get_submodule(next(iter(family.plan.modules))), Conv1D)
@@ -114,7 +121,8 @@ def train_adapter_in_stages(
                 made = mind.adapter(family, names[system], provenance=provenance, transposed=transposed)
                 made.save(folder, overwrite=config.overwrite)
         shutil.rmtree(state, ignore_errors=True)
-    return StagedAdapter(adapter, config.out, minds, regions if result.regions else None, result, answers)
+    compared = [Ablated.of("this run", run, result), *others] if others else []
+    return StagedAdapter(adapter, config.out, minds, regions if result.regions else None, result, answers, compared)
 
 
 def _partition(regions: RegionRun) -> Partition:

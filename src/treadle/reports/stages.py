@@ -42,6 +42,7 @@ def stages_page(trained: StagedAdapter, *, repeats: str | None = None) -> str:
             ],
             "systems": systems,
             "accuracy": [(name, [f"{result.accuracy[name][s]:.3f}" for s in systems]) for name in moments],
+            "ablations": trained.ablations,
             "published": None if repeats is None else published(repeats),
             "ours": [] if repeats is None else _ours(result),
             "answers": trained.answers,

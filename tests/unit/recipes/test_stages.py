@@ -2,6 +2,8 @@
 
 import json
 import re
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,17 @@ from transformers import LlamaForCausalLM
 
 from treadle.cli.app import main
 from treadle.configs.stages import StagesRun, run_kind
+from treadle.configs.toml import checked
 from treadle.configs.train import TrainRun
+from treadle.errors import ConfigError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.partition.region_files import load_regions
+from treadle.recipes import stage_ablations
 from treadle.recipes.bank import AdapterPath, PublicSource, build_bank
+from treadle.train.stages.training import Run, Staged
 
 TOML = """
 base = "{root}/base"
@@ -135,6 +141,75 @@ def test_a_run_makes_an_adapter_its_minds_its_regions_and_its_page(
         source=PublicSource(str(root / "public.txt"), limit=3, words=4),
     )
     assert code(["route", str(root / "bank"), "question w41 is", "--base", str(root / "base"), "--json"]) == 0
+
+
+def test_ablations_stand_beside_the_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["shuffled", "all", "lower-rank", "reversed"]
+    (root / "run.toml").write_text(f"ablations = {asked}\n" + TOML.format(root=root))
+    assert code(["train", str(root / "run.toml"), "--html", str(root / "two.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    found = {each["name"]: each for each in told["ablations"]}
+    assert list(found) == ["this run", *asked]
+    for name, each in found.items():
+        for system, share in each["accuracy"].items():
+            assert share["estimate"] * 4 == round(share["estimate"] * 4), (name, system)  # of four held-out rows
+    for system, share in told["accuracy"]["stage-2"].items():
+        assert found["this run"]["accuracy"][system]["estimate"] == share
+    family = AdapterFamily.load(root / "family")
+    whole = sum(B.numel() for B in Adapter.load(root / "two").lora_B.values())
+    ours = found["this run"]["parameters"]
+    assert found["all"]["parameters"] == [whole, whole]
+    assert found["shuffled"]["parameters"] == ours  # within modules: the same ranks of the same shapes
+    rank = max(1, round(4 * sum(ours) / 2 / whole))
+    assert found["lower-rank"]["parameters"] == [whole * rank // 4] * 2
+    # Which ranks are whose hangs on importance alone, and not on the order: the second system's come first.
+    assert found["reversed"]["parameters"] == ours[::-1]
+    page = (root / "two.html").read_text()
+    assert "Ablations" in page
+    assert all(f"<th>{name}</th>" in page for name in found)
+    assert Adapter.load(root / "two").family == family.fingerprint
+    assert not list(root.glob(".two.*stages"))
+
+
+def test_an_ablation_that_was_cut_short_continues(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "run.toml").write_text('ablations = ["all"]\n' + TOML.format(root=root))
+    real = stage_ablations.train_in_stages
+
+    def killed(run: Run) -> Staged:
+        real(replace(run, plan=replace(run.plan, stages=run.plan.stages[:1])))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage_ablations, "train_in_stages", killed)
+    assert code(["train", str(root / "run.toml")]) != 0
+    assert not (root / "two").exists()
+
+    def resumed(run: Run) -> Staged:
+        assert {path.name for path in run.folder.glob("stage-*")} == {"stage-1.safetensors"}
+        return real(run)
+
+    monkeypatch.setattr(stage_ablations, "train_in_stages", resumed)
+    capsys.readouterr()
+    assert code(["train", str(root / "run.toml"), "--json"]) == 0
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)["ablations"]] == ["this run", "all"]
+
+
+def test_ablations_that_would_say_nothing_are_refused(root: Path) -> None:
+    def refused(changes: dict[str, object], told: str) -> None:
+        with pytest.raises(ConfigError, match=told):
+            checked(tomllib.loads(TOML.format(root=root)) | changes, StagesRun, where="run.toml")
+
+    systems = tomllib.loads(TOML.format(root=root))["systems"]
+    unmeasured = {name: {**data, "held_out": 0} for name, data in systems.items()}
+    refused({"ablations": ["all", "all"]}, "ablations names one twice")
+    refused({"ablations": ["none"]}, "ablations")
+    refused({"ablations": ["all"], "systems": unmeasured}, "set held_out of a system")
+    refused(
+        {"ablations": ["all"], "minds": False, "regions": {"granularity": "none"}}, "nothing to ablate but the order"
+    )
+    one = tomllib.loads(TOML.format(root=root))["stages"][:1]
+    refused({"ablations": ["reversed"], "stages": one}, "needs two stages")
 
 
 def test_what_is_made_says_nothing_of_the_rows(root: Path) -> None:
