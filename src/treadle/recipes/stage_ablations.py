@@ -8,6 +8,7 @@ reversed     the stages in reverse order
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 from treadle.configs.stages import Ablation
@@ -58,8 +59,7 @@ def ablated(name: Ablation, run: Run, made: Staged) -> Ablated:
     plan, partition, family = run.plan, run.plan.partition, run.family
     match name:
         case "shuffled":
-            seed = partition.seed
-            partition = replace(partition, control=lambda regions: shuffled(regions, seed=seed))
+            partition = replace(partition, control=partial(shuffled, seed=partition.seed))
         case "all":
             partition = replace(partition, granularity="none")
         case "lower-rank":
@@ -67,12 +67,16 @@ def ablated(name: Ablation, run: Run, made: Staged) -> Ablated:
             family = _of_lower_rank(family, fmean(_parameters(made)) / made.factors.trainable)
         case "reversed":
             plan = replace(plan, stages=plan.stages[::-1])
+
+    def told(description: str, done: int, total: int) -> None:
+        run.progress(f"{name}: {description}", done, total)
+
     again = replace(
         run,
         family=family,
         plan=replace(plan, partition=partition),
         folder=run.folder / "ablations" / name,
-        progress=lambda description, done, total: run.progress(f"{name}: {description}", done, total),
+        progress=told,
     )
     return Ablated.of(name, again, train_in_stages(again))
 
