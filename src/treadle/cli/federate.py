@@ -103,11 +103,13 @@ def silo_command(
     """
     from treadle.configs.federate import SiloRun
     from treadle.configs.toml import load_toml
-    from treadle.recipes.silo import silo_client
+    from treadle.recipes.silo import check_rows, silo_client
     from treadle.recipes.superlink import serve_silo
 
     config = load_toml(silo, SiloRun)
     silo_client(config)  # what is wrong with rows, ledger or terms is said before anybody connects
+    with working() as progress:
+        check_rows(config, progress)
     if json:
         print_json({"silo": config.name})
     raise typer.Exit(serve_silo(config, silo))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from treadle.configs.toml import RunConfig
-from treadle.configs.train import SourceData, TaskData, kind_of_data
+from treadle.configs.train import SourceData, TaskData, kind_of_data, refuse_limit
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
 
@@ -140,8 +140,8 @@ class SiloRun(RunConfig):
         data: its rows.
         privacy: what one run may cost.
         ledger: where that is written down.
-        family: a family's folder, to work for no other; None for any.
-        base: where the family's base model is, if its own label does not say.
+        family: a family's folder, to work for no other; None for any over `base`.
+        base: where the base model is; needed without `family`, so that no server names a model that is opened here.
         micro_batch: rows in one forward pass.
         device: "auto", "cpu", "cuda", …
         supernode: how it reaches the server; not needed in one process.
@@ -159,3 +159,11 @@ class SiloRun(RunConfig):
     micro_batch: int = Field(default=8, ge=1)
     device: str = "auto"
     supernode: SuperNode | None = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> "SiloRun":
+        if self.family is None and self.base is None:
+            raise ValueError("neither base nor family is given: name the model that servers may have trained here")
+        if self.privacy.epsilon != "none":
+            refuse_limit(self.data)
+        return self

@@ -89,6 +89,16 @@ class PrivacyPromise(RunConfig):
         )
 
 
+def refuse_limit(data: TaskData | SourceData) -> None:
+    """Return if every row is in whatever the others are, as every accountant of rows supposes.
+
+    Raises:
+        ValueError: a limit lets one row push out another.
+    """
+    if data.limit is not None:
+        raise ValueError("data.limit lets one row push out another: cut the data beforehand, or promise no ε")
+
+
 def kind_of_data(data: object) -> str:
     """The tag of the kind of data that a table describes."""
     task = isinstance(data, TaskData) or (isinstance(data, dict) and "task" in data)
@@ -155,5 +165,4 @@ class TrainRun(RunConfig):
             raise ValueError(
                 "bare_share and variant_share deal forms out among all rows: leave them out with [privacy]"
             )
-        if self.data.limit is not None:
-            raise ValueError("data.limit lets one row push out another: cut the data beforehand with [privacy]")
+        refuse_limit(self.data)

@@ -46,7 +46,8 @@ class MechanismEvent:
         noise = self.noise_multiplier
         require("noise_multiplier", noise, 0 < noise < math.inf, "a positive number")
         require("sample_rate", self.sample_rate, 0 < self.sample_rate <= 1, "in (0, 1]")
-        require("steps", self.steps, self.steps >= 1, "at least 1")
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        require("steps", self.steps, whole and self.steps >= 1, "a whole number of at least 1")
 
     def to_json(self) -> dict[str, float | int]:
         """Its three numbers by name."""
@@ -73,7 +74,8 @@ def epsilon_of(events: Sequence[MechanismEvent], *, delta: float, accountant: Ac
     An upper bound: PLD errs on the safe side by less than 1e-4 of ε for up to 10,000 steps, RDP by several percent.
 
     Args:
-        events: that concern the same rows, each allowed to depend on the outcomes of the earlier ones.
+        events: that concern the same rows. What is released at each may depend on the outcomes of the earlier ones;
+            for noise and rates that are themselves chosen after them, see "What it does not promise" in docs/ledger.md.
         delta: in [1e-12, 1).
         accountant: "pld", or "rdp" as a cross-check.
 

@@ -38,7 +38,7 @@ class Head:
             found = cls(int(number), bytes.fromhex(digits))
         except ValueError as error:
             raise _no_head(text) from error
-        if found.number < 0 or len(found.hash) != len(START.hash):
+        if not 0 <= found.number < 2**63 or len(found.hash) != len(START.hash):
             raise _no_head(text)
         return found
 

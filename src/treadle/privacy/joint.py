@@ -48,6 +48,10 @@ def together(costs: Iterable[Cost]) -> Cost:
     return Cost(sum(epsilons), sum(cost.delta for cost in found))
 
 
+SILOS = "silos"
+"""Setting of an adapter that does not name its silos: how many there were at most."""
+
+
 def facts_of_silos(costs: Mapping[str, Cost]) -> dict[str, str | int | float | bool | None]:
     """Silo → cost, as settings of the adapter that they made."""
     facts: dict[str, str | int | float | bool | None] = {}

@@ -295,7 +295,9 @@ class Ledger:
 
     def _append(self, connection: Connection, entry: Entry) -> None:
         """Write a row; it counts from the next catching up, so never before it is on the disk."""
-        ledger_file.append(connection, _encoded(entry, time=_now()))
+        body = _encoded(entry, time=_now())
+        _decoded(body, where=self.path)  # a row that could not be read again would be the ledger's last
+        ledger_file.append(connection, body)
 
     def _account(self, data: str) -> Account:
         account = self._accounts.by_data.get(data)

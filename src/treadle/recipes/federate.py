@@ -6,9 +6,8 @@ rounds          clients train B privately, the server joins what they send; the 
 adapter         a PEFT folder that says what each client has spent
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,10 +17,11 @@ from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
-from treadle.files import checked_name, locked
+from treadle.files import checked_name
 from treadle.privacy.noise import SystemRandomness
 from treadle.progress import Progress, silent
 from treadle.recipes.silo import silo_client
+from treadle.recipes.train import alone
 from treadle.train.federated.checkpoint import RunFolder, facts_of, read_reports
 from treadle.train.federated.client import Silo
 from treadle.train.federated.client_privacy import ClientPrivacyPlan, ClientPrivacySettings
@@ -151,7 +151,7 @@ def federate_on(
         InputError: `config.out` exists, or a run has begun or has not.
         UnavailableError: too few clients answered, or the disk refuses.
     """
-    with _alone(config.out):
+    with alone(config.out, "another process runs this federation"):
         federation, folder = run_of(config, resume=resume)
         _warn(federation)
 
@@ -162,7 +162,9 @@ def federate_on(
         finished = federate(federation, grid, folder, told)
         if finished.progressed.server_round == 0:
             raise InputError(f"no round was done: {finished.why}", remedy="mend that, then run again")
-        adapter = federated_adapter(federation, finished.progressed, config.name, data=", ".join(config.rules.clients))
+        clients = config.rules.clients
+        data = ", ".join(clients) if config.client_privacy is None else f"{len(clients)} silos"
+        adapter = federated_adapter(federation, finished.progressed, config.name, data=data)
         adapter.save(config.out, overwrite=config.overwrite)
     return FederatedRun(adapter, config.out, tuple(read_reports(folder.path)), finished.why)
 
@@ -186,10 +188,26 @@ def run_of(config: FederateRun, *, resume: bool) -> tuple[Federation, RunFolder]
 
 
 def federation_of(config: FederateRun) -> Federation:
-    """What the configuration runs."""
+    """What the configuration runs.
+
+    Raises:
+        ConfigError: its parts contradict one another, which clients would otherwise find out after they have paid.
+    """
     family = AdapterFamily.load(config.family)
     variant = config.variant.variant(list(family.plan.modules), rounds=config.work.rounds)
-    return Federation(family, variant, config.work, config.rules, _client_privacy(config))
+    privacy, rounds = _client_privacy(config), range(1, config.work.rounds + 1)
+    if privacy is not None:
+        for server_round in rounds:
+            privacy.check(variant, server_round)
+        if config.rules.weighting != "uniform":
+            raise ConfigError("clients that are private count alike", where="rules.weighting", remedy="weigh uniformly")
+    if config.rules.rank_share and any(variant.work(server_round).both for server_round in rounds):
+        raise ConfigError(
+            f"{variant.name} trains A and B together, and every client needs all ranks then",
+            where="rules.rank_share",
+            remedy="take ffa, or frozen_share = 1",
+        )
+    return Federation(family, variant, config.work, config.rules, privacy)
 
 
 def _client_privacy(config: FederateRun) -> ClientPrivacyPlan | None:
@@ -244,18 +262,3 @@ def line_of(report: RoundReport) -> str:
     """One round in one line."""
     accepted = sum(row.outcome == "accepted" for row in report.clients)
     return f"{accepted} of {len(report.clients)} clients, mean update {report.mean_norm:.3g}, {report.seconds:.1f} s"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """A block in which no other process runs the federation of `folder`.
-
-    Raises:
-        InputError: one does.
-    """
-
-    def refuse() -> None:
-        raise InputError("another process runs this federation", where=folder, remedy="wait for it")
-
-    with locked(folder.parent / f".{folder.name}.lock", refuse):
-        yield

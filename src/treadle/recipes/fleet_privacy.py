@@ -8,7 +8,7 @@ none                    as soon as one adapter, the rank plan or the calibration
 from dataclasses import dataclass
 
 from treadle.family.adapter import Adapter
-from treadle.privacy.joint import Cost, largest, silos_of, together
+from treadle.privacy.joint import SILOS, Cost, largest, silos_of, together
 from treadle.routing.bank import AdapterBank
 
 
@@ -91,8 +91,10 @@ def _stated(adapter: Adapter) -> Cost:
 
 
 def _by_silo(adapter: Adapter) -> list[Cost]:
-    """What it says of each of its silos; of itself, where no federation made it."""
-    return list(silos_of(adapter.provenance.settings).values()) or [_stated(adapter)]
+    """What it says of each of its silos; of itself, once for each it might have had, where it names none."""
+    settings = adapter.provenance.settings
+    unnamed = settings.get(SILOS)
+    return list(silos_of(settings).values()) or [_stated(adapter)] * (unnamed if isinstance(unnamed, int) else 1)
 
 
 def _measured(bank: AdapterBank) -> list[Cost]:

@@ -13,9 +13,11 @@ from treadle.configs.train import SourceData
 from treadle.data.prompts import Example
 from treadle.family.family import AdapterFamily
 from treadle.models.identity import BaseIdentity
+from treadle.models.loading import load_model, load_tokenizer
 from treadle.privacy.entries import Budget
 from treadle.privacy.ledger import Ledger
 from treadle.privacy.plan import PrivacySettings
+from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
 from treadle.recipes.train import examples_of
 from treadle.train.federated.client import Silo
@@ -49,7 +51,9 @@ def silo_client(config: SiloRun) -> Silo:
     def opened(fingerprint: str, max_length: int) -> OpenedSilo:
         family = AdapterFamily.load(config.folder / fingerprint)
         model, tokenizer = _base(family.base, config.base, config.device)
-        return OpenedSilo(model, encoded(model, tokenizer, examples, PrivateSettings(max_length=max_length)))
+        # The server chooses max_length: were a row refused for it, the refusal would tell how long the row is.
+        settings = PrivateSettings(max_length=max_length, overlong="cut")
+        return OpenedSilo(model, encoded(model, tokenizer, examples, settings))
 
     def open_for(family: AdapterFamily, order: Order) -> OpenedSilo:
         return opened(family.fingerprint, order.work.max_length)
@@ -57,6 +61,19 @@ def silo_client(config: SiloRun) -> Silo:
     pinned = AdapterFamily.load(config.family).fingerprint if config.family else None
     records = config.privacy.records if config.privacy.share_records else None
     return Silo(config.name, config.folder, local_training(terms, open_for), pinned, records)
+
+
+def check_rows(config: SiloRun, progress: Progress = silent) -> None:
+    """Return if every row can be trained on by the silo's own base, so that no order ever finds one that cannot.
+
+    Raises:
+        InputError: one cannot, and why; or the base cannot be used.
+    """
+    if config.family is not None:
+        model, tokenizer = loaded_base(AdapterFamily.load(config.family).base, config.base, progress=progress)
+    else:
+        model, tokenizer = load_model(str(config.base), device="cpu"), load_tokenizer(str(config.base))
+    encoded(model, tokenizer, examples_of(config.data, shares={}, seed=0), PrivateSettings(overlong="cut"))
 
 
 def opened_ledger(config: SiloRun, examples: list[Example]) -> Ledger:

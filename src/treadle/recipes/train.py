@@ -150,15 +150,15 @@ def data_name(data: TaskData | SourceData) -> str:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """A block in which no other process trains into `folder`.
+def alone(folder: Path, told: str = "another process trains this adapter") -> Iterator[None]:
+    """A block in which no other process makes the adapter in `folder`.
 
     Raises:
         InputError: one does.
     """
 
     def refuse() -> None:
-        raise InputError("another process trains this adapter", where=folder, remedy="wait for it")
+        raise InputError(told, where=folder, remedy="wait for it")
 
     with locked(folder.parent / f".{folder.name}.lock", refuse):
         yield

@@ -114,6 +114,8 @@ def _row(
         target, room = (_class_of(model, example, where),), limit
     else:
         target = _target(tokenizer, example, where)
+        if settings.overlong == "cut":
+            target = target[: limit - 1]
         room = limit - len(target) if kind is Kind.CAUSAL else limit
     if room < 1 or len(target) > limit:
         raise InputError(

@@ -82,7 +82,8 @@ class PrivateSettings:
         momentum: of SGD, in [0, 1).
         micro_batch: examples in one forward pass; no influence but on memory, time and the last bits.
         max_length: tokens of one example; what is longer follows `overlong`.
-        overlong: "truncate" cuts the prompt from the left, "refuse" raises, which whoever sees it learns about the row.
+        overlong: "truncate" cuts the prompt from the left; "cut" also the completion from the right where it alone is
+            too long, so that no row is refused for its length; "refuse" raises, which tells whoever sees it of the row.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -93,7 +94,7 @@ class PrivateSettings:
     momentum: float = 0.0
     micro_batch: int = 16
     max_length: int = 1024
-    overlong: Literal["truncate", "refuse"] = "truncate"
+    overlong: Literal["truncate", "cut", "refuse"] = "truncate"
 
     def __post_init__(self) -> None:
         """Hold every number to its range."""
@@ -103,4 +104,4 @@ class PrivateSettings:
         require("momentum", self.momentum, self.momentum == 0 or self.optimizer == "sgd", "0 with adam")
         require("micro_batch", self.micro_batch, self.micro_batch >= 1, "at least 1")
         require("max_length", self.max_length, self.max_length >= 2, "at least 2")
-        require("overlong", self.overlong, self.overlong in ("truncate", "refuse"), "truncate or refuse")
+        require("overlong", self.overlong, self.overlong in ("truncate", "cut", "refuse"), "truncate, cut or refuse")

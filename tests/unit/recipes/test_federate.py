@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from treadle.configs.federate import FederateRun
 from treadle.configs.toml import load_toml
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, UnavailableError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -96,6 +96,31 @@ def test_privacy_of_clients_is_warned_of_among_three_and_recorded(root: Path, ca
     assert 0 < float(said.settings["client_epsilon"] or 0) <= 4.0
     assert (said.settings["client_delta"], said.epsilon) == (1e-2, None)  # rows are promised nothing by it
     assert "client-level privacy is meaningless here: with 3 clients a round" in caplog.text
+
+
+    clients = [name for name in said.settings if any(client in name for client in NAMES)]
+    assert clients == []  # who took part is what it promises not to tell
+    assert (said.settings["silos"], said.data) == (3, "3 silos")
+
+
+def test_a_base_that_is_missing_costs_no_silo_anything(root: Path) -> None:
+    for name in NAMES:
+        text = (root / f"{name}.toml").read_text()
+        text = text.replace('epsilon = "none"', "epsilon = 8.0")
+        (root / f"{name}.toml").write_text(text.replace(f'base = "{root}/base"', f'base = "{root}/gone"'))
+    (root / "run.toml").write_text((root / "run.toml").read_text().replace("pause = 0", "pause = 0\npatience = 4"))
+    with pytest.raises(UnavailableError, match="its own log says why"):
+        federate_in_process(load_toml(root / "run.toml", FederateRun))
+    assert Ledger.open(root / "north.ledger").spent("north-signs") == 0.0
+
+
+def test_no_order_is_refused_for_the_length_of_a_row(root: Path) -> None:
+    rows = [{"text": f"w{40 + i}", "label": "good " * (12 if i == 5 else 1)} for i in range(12)]
+    (root / "north.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (root / "run.toml").read_text()
+    (root / "run.toml").write_text(text.replace("local_steps = 2", "local_steps = 2\nmax_length = 4"))
+    made = federate_in_process(load_toml(root / "run.toml", FederateRun))
+    assert {row.outcome for report in made.reports for row in report.clients} == {"accepted"}
 
 
 def test_local_is_no_federation(root: Path) -> None:

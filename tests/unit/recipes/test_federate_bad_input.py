@@ -237,6 +237,32 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     ),
     "a plan that is not the silo's": (silo("[data]", 'family = "ROOT/other"\n[data]'), 1, "north: it is not connected"),
     "rows too odd to train on": (silo('" {label}"', '" "'), 1, "north: its conf"),
+    "a limit under a promise": (
+        silo('[privacy]\nepsilon = "none"', "limit = 9\n[privacy]\nepsilon = 4.0"),
+        2,
+        "data.limit lets one row push out another",
+    ),
+    "no base of its own": (silo('base = "ROOT/base"', ""), 2, "neither base nor family is given"),
+    "ranks of some where A moves": (
+        run('too_few = "abort"', 'rank_share = {north = 0.5}\n[variant]\nname = "fedit"'),
+        2,
+        "rules.rank_share: fedit trains A and B together",
+    ),
+    "private clients whose updates are stacked": (
+        run("[rules]", '[variant]\nname = "flora"\n[client_privacy]\nepsilon = 4.0\ndelta = 1e-2\n[rules]'),
+        2,
+        "flora needs more of the updates than their mean",
+    ),
+    "private clients that weigh": (
+        run("[rules]", '[client_privacy]\nepsilon = 4.0\ndelta = 1e-2\n[rules]\nweighting = "records"'),
+        2,
+        "clients that are private count alike",
+    ),
+    "rows too odd for a silo": (
+        node(NODE.replace("cert.pem", "new.pem"), old='" {label}"', new='" "'),
+        2,
+        "example 1: its completion is empty",
+    ),
     "no micro-batch": (silo("[data]", "micro_batch = 0\n[data]"), 2, "key 'micro_batch'"),
     # real servers and silos
     "a silo without a server": (node(""), 2, "key 'supernode' is missing"),

@@ -110,25 +110,21 @@ def facts_of(federation: Federation) -> dict[str, object]:
 def read_reports(folder: Path) -> list[RoundReport]:
     """The reports of the rounds that are done, in their order.
 
-    A round that was done twice, because the server died before its state was kept, counts as it was the last time.
+    A round that was done twice, because the server died before its state was kept, counts as it was the last time. A
+    line that was not written to its end says nothing: what a run needs to go on is in its state, and not here.
 
     Raises:
-        FormatError: a line is damaged.
+        FormatError: a line is of something else.
     """
     path = folder / ROUNDS
     found: dict[int, RoundReport] = {}
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line:
-            continue
+    for line in path.read_bytes().split(b"\n"):
         try:
             content = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) - 1:  # its writer died, and the round is done again
-                break
-            raise FormatError(f"line {number + 1} is no JSON", where=path, remedy=_LOST) from error
+        except ValueError:  # its writer died or ran out of disk, and the round was done again
+            continue
         report = RoundReport.of_json(content, where=path)
         found[report.server_round] = report
     return [found[number] for number in sorted(found)]

@@ -121,7 +121,8 @@ class ClientPrivacyPlan:
             "client_epsilon": spent,
             "client_delta": settings.delta,
             "client_max_update_norm": settings.max_update_norm,
-            "client_covers": "whether one client took part, from all but the server; no reports of single clients",
+            "client_covers": "whether one client took part, from all but the server; no reports of single clients, "
+            "and not the largest ε of their rows, which is stated",
         }
 
     def noise_to_signal(self, parameters: int) -> float:
@@ -157,7 +158,8 @@ class ClientPrivacyPlan:
         Deviations: no amplification by sampling, since the server chooses the clients; noise as `privacy.noise`.
         """
         work = variant.work(server_round)
-        self._check(variant, updates, server_round)
+        self.check(variant, server_round)
+        self._check_updates(updates, server_round)
         before = _sent(state, work)
         flat = _flat(before)
         deviation = self.noise_multiplier * self.settings.max_update_norm
@@ -170,12 +172,19 @@ class ClientPrivacyPlan:
         mean = flat + noised(total, deviation, self.randomness) / self.settings.cohort
         return variant.aggregate(state, [Update("mean", _split(mean, before))], server_round=server_round)
 
-    def _check(self, variant: Variant, updates: Sequence[Update], server_round: int) -> None:
-        settings = self.settings
+    def check(self, variant: Variant, server_round: int) -> None:
+        """Return if noise on the mean of the round's updates is noise on all that this variant releases.
+
+        Raises:
+            ConfigError: it is not.
+        """
         if not variant.averages or not variant.is_exact(server_round):
             raise ConfigError(
                 f"{variant.name} needs more of the updates than their mean", remedy="take ffa, rolora or fedsvd"
             )
+
+    def _check_updates(self, updates: Sequence[Update], server_round: int) -> None:
+        settings = self.settings
         if len({update.weight for update in updates}) > 1:
             raise ConfigError("weights differ, and clients that are private count alike", remedy="weigh uniformly")
         if len(updates) > settings.cohort:

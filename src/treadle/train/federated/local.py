@@ -110,8 +110,11 @@ def local_training(
         key = ReleaseKey(order.run, order.server_round, order.request)
         source = randomness(key)
 
+        # Opened before it is paid for: a base that is missing must not cost a budget, try after try.
+        silo = opened(family, order) if terms.ledger.reply(terms.data, key) is None else None
+
         def make() -> bytes:
-            return _made(opened(family, order), plan, source, factors, order, terms.micro_batch)
+            return _made(silo or opened(family, order), plan, source, factors, order, terms.micro_batch)
 
         event = plan.event(order.work.local_steps) if source.secret else None
         released = release(terms.ledger, terms.data, key, event, make)

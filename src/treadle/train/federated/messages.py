@@ -24,6 +24,7 @@ WELCOME, FAMILY, TRAIN = "query.welcome", "query.family", "train.steps"
 """Message types: who are you, here is the family, do this round's steps."""
 
 _TENSORS, _FACTS = "tensors", "facts"
+_LAST_ROUND = 2**31
 _REFUSED = "check that both sides run the same release of treadle"
 
 
@@ -120,7 +121,10 @@ def order_of(message: Message) -> Order:
     except (TypeError, ValueError, ConfigError) as error:
         raise FormatError(f"the server's order has no sound work ({error})", remedy=_REFUSED) from error
     run, family = _text(facts, "run"), _text(facts, "family")
-    return Order(run, _whole(facts, "server_round"), family, work, trained, _tensors(message))
+    server_round = _whole(facts, "server_round")
+    if not 1 <= server_round <= _LAST_ROUND:
+        raise FormatError(f"the server's order is for round {server_round}", remedy=_REFUSED)
+    return Order(run, server_round, family, work, trained, _tensors(message))
 
 
 def reply_records(reply: Reply) -> RecordDict:

@@ -1,7 +1,7 @@
 """The adapter that a federation made, with what every client spent on it."""
 
 from treadle.family.adapter import Adapter, Provenance, package_versions, within
-from treadle.privacy.joint import Cost, facts_of_silos, largest
+from treadle.privacy.joint import SILOS, Cost, facts_of_silos, largest
 from treadle.train.federated.federation import Federation, Progressed
 
 COVERS = (
@@ -15,7 +15,8 @@ def federated_adapter(federation: Federation, progressed: Progressed, name: str,
     """The adapter as it stands, standard PEFT; outside of its family where a variant has moved an A.
 
     Its ε is the largest of the clients', whose rows are disjoint; None as soon as one of them is unaccounted. The
-    provenance names each client's own ε and δ, which is all that it says about clients.
+    provenance names each client's own ε and δ, which is all that it says about clients; under client-level privacy only
+    how many there might have been.
 
     Args:
         federation: what was run.
@@ -66,8 +67,11 @@ def _provenance(federation: Federation, progressed: Progressed, data: str) -> Pr
         settings["family_of_its_A"] = own.fingerprint
     if federation.client_privacy is not None:
         settings |= federation.client_privacy.facts(progressed.server_round)
-    settings |= {f"rounds of {client}": row.rounds for client, row in members.items()}
-    settings |= facts_of_silos(costs)
+    if federation.client_privacy is None:
+        settings |= {f"rounds of {client}": row.rounds for client, row in members.items()}
+        settings |= facts_of_silos(costs)
+    else:  # which client took part is what it promises not to tell
+        settings[SILOS] = len(federation.rules.clients)
     return Provenance(
         method=federation.variant.name,
         data=data,

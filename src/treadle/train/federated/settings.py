@@ -43,6 +43,9 @@ class LocalWork:
 
     def __post_init__(self) -> None:
         """Hold every number to its range."""
+        for name in ("rounds", "expected_batch", "local_steps", "reserve_rounds", "max_length"):
+            value = getattr(self, name)  # a server's JSON may say 1.0, which no ledger can read again
+            require(name, value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
         for name in ("rounds", "expected_batch", "local_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_grad_norm"):
@@ -51,6 +54,8 @@ class LocalWork:
         require("reserve_rounds", self.reserve_rounds, self.reserve_rounds >= 0, "0 or more")
         require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         require("max_length", self.max_length, self.max_length >= 2, "at least 2")
+        require("optimizer", self.optimizer, self.optimizer in ("sgd", "adam"), "sgd or adam")
+        require("momentum", self.momentum, self.momentum == 0 or self.optimizer == "sgd", "0 with adam")
 
     def facts(self) -> dict[str, str | int | float | bool | None]:
         """The settings by name."""

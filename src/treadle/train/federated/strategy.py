@@ -81,6 +81,7 @@ class FederatedStrategy(Strategy):
             if client not in self._roster.seats:
                 collecting.note(client, "absent", "it is not connected")
                 continue
+            self._weight(client)  # nobody pays for an update that could not be weighed
             order = order_for(federation, self.progressed, collecting.number, client)
             node, group = self._roster.seats[client].node, str(collecting.number)
             message = Message(order_records(order), node, TRAIN, group_id=group)
@@ -96,7 +97,7 @@ class FederatedStrategy(Strategy):
 
         Raises:
             UnavailableError: too few have, and the rules say abort or patience is at its end.
-            RunEnded: a budget is spent and the rules end the run there, or nobody's is left.
+            RunEnded: a budget is spent and the rules end the run there, or too few have one left for a round.
         """
         if self._open is None:
             raise InputError("no round is open", remedy="call configure_train first")
@@ -104,6 +105,9 @@ class FederatedStrategy(Strategy):
         self._take(collecting, replies)
         while len(collecting.updates) < (needed := collecting.needed(rules.minimum)):
             short = f"round {collecting.number}: {len(collecting.updates)} of {needed} updates"
+            self._fill_up(collecting, needed)
+            if len(collecting.updates) + len(collecting.missing()) < needed:
+                raise RunEnded(f"{short}, and nobody else has a budget left")
             if rules.too_few == "abort" or collecting.attempts >= rules.patience:
                 raise UnavailableError(
                     f"{short} ({collecting.reasons()})", remedy="mend those clients, then resume the run"
@@ -115,6 +119,18 @@ class FederatedStrategy(Strategy):
             raise RunEnded("no client of the round has a budget left")
         self._close(collecting)
         return array_record(self.progressed.state.lora_B), None
+
+    def _fill_up(self, collecting: Collecting, needed: int) -> None:
+        """Let clients that were not drawn step in for those of the round whose budget is spent, in a drawn order."""
+        rules = self._federation.rules
+        others = [
+            name
+            for name in rules.clients
+            if name not in collecting.asked and not self.progressed.member(name).exhausted
+        ]
+        order = shuffled(len(others), rules.seed, f"round/{collecting.number}/instead")
+        short = max(0, needed - len(collecting.updates) - len(collecting.missing()))
+        collecting.asked += tuple(others[place] for place in order[:short])
 
     def _take(self, collecting: Collecting, replies: Iterable[Message]) -> None:
         clients = {seat.node: name for name, seat in self._roster.seats.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from treadle.errors import FormatError, InputError, MismatchError
+from treadle.errors import BudgetError, FormatError, InputError, MismatchError
 from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.plan import LayerShape, RankPlan
@@ -90,8 +90,11 @@ def test_declared_records_weigh(family: AdapterFamily, tmp_path: Path) -> None:
 
 
 def test_undeclared_records_cannot_weigh(family: AdapterFamily, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'north' does not declare how many records it has"):
-        run(federation_of(family, weighting="records"), tmp_path)
+    seen = list[str]()
+    silos = [silo_of(name, tmp_path, seen, share=name != "east") for name in NAMES]
+    with pytest.raises(InputError, match="'east' does not declare how many records it has"):
+        run(federation_of(family, weighting="records"), tmp_path, silos)
+    assert seen == []  # nobody has trained, and so nobody has paid
 
 
 def test_a_sample_is_drawn_anew_each_round_and_repeats_with_its_seed(family: AdapterFamily, tmp_path: Path) -> None:
@@ -106,6 +109,43 @@ def test_a_sample_is_drawn_anew_each_round_and_repeats_with_its_seed(family: Ada
     assert first == asked(1, "b")
     assert first != asked(2, "c")
     assert {name.split("/")[0] for name in first} == set(NAMES)
+
+
+def spent_after(silo: Silo, rounds: int) -> Silo:
+    """The silo with a budget for so many rounds."""
+
+    def train(family: AdapterFamily, order: Order, factors: Factors) -> LocalResult:
+        if order.server_round > rounds:
+            raise BudgetError("it would be too much", where="data set", remedy="none")
+        return silo.train(family, order, factors)
+
+    return replace(silo, train=train)
+
+
+def test_a_run_ends_where_too_few_have_a_budget_left_for_the_minimum(family: AdapterFamily, tmp_path: Path) -> None:
+    federation = federation_of(family, rounds=4, minimum=2, patience=10)
+    federation = replace(federation, rules=replace(federation.rules, pause=3600.0))  # waiting for nobody would be seen
+    silos = [spent_after(silo_of(name, tmp_path), 9 if name == "east" else 2) for name in NAMES]
+    reports: list[RoundReport] = []
+    folder = RunFolder(tmp_path / "run", facts_of(federation))
+    finished = federate(federation, in_process_grid(silos), folder, reports.append)
+    assert finished.progressed.server_round == len(reports) == 2
+    assert "round 3: 1 of 2 updates, and nobody else has a budget left" in finished.why
+    for name, B in by_hand(family, dict.fromkeys(NAMES, 1.0)).items():
+        torch.testing.assert_close(finished.progressed.state.lora_B[name], B, atol=1e-6, rtol=0)
+
+
+def test_who_was_not_drawn_steps_in_for_a_spent_client(family: AdapterFamily, tmp_path: Path) -> None:
+    federation = federation_of(family, rounds=6, sample=2, minimum=2)
+    seen = list[str]()
+    silos = [spent_after(silo_of(name, tmp_path, seen), 0 if name == "north" else 9) for name in NAMES]
+    _, reports = run(federation, tmp_path, silos)
+    assert len(reports) == 6
+    for report in reports:
+        accepted = {row.client for row in report.clients if row.outcome == "accepted"}
+        assert accepted == {"south", "east"}
+    drawn = [{row.client for row in report.clients} for report in reports]
+    assert sum("north" in clients for clients in drawn) == 1  # once is enough to know that it has nothing left
 
 
 def test_a_lower_rank_sends_fewer_columns(family: AdapterFamily, tmp_path: Path) -> None:
@@ -158,14 +198,16 @@ def test_waiting_longer_does_not_make_it_another_run(family: AdapterFamily) -> N
     assert facts_of(federation_of(family)) != facts_of(federation_of(family, max_update_norm=2.0))
 
 
-def test_a_torn_last_line_is_no_round_and_a_repeated_one_counts_once(family: AdapterFamily, tmp_path: Path) -> None:
+def test_a_torn_line_is_no_round_and_a_repeated_one_counts_once(family: AdapterFamily, tmp_path: Path) -> None:
     _, reports = run(federation_of(family), tmp_path)
     path = tmp_path / "run" / ROUNDS
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1] + lines[1] + lines[0][:20])
     assert read_reports(tmp_path / "run") == reports
-    path.write_bytes(lines[0][:20] + b"\n" + lines[1])
-    with pytest.raises(FormatError, match="line 1 is no JSON"):
+    path.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[1])  # space ran out within a line, and was made
+    assert read_reports(tmp_path / "run") == reports
+    path.write_bytes(b"{}\n" + lines[1])
+    with pytest.raises(FormatError):
         read_reports(tmp_path / "run")
 
 
