@@ -161,12 +161,17 @@ class StagesRun(RunConfig):
     def _check_ablations(self) -> None:
         if len(set(self.ablations)) < len(self.ablations):
             raise ValueError("ablations names one twice")
-        if self.ablations and not any(system.held_out for system in self.systems.values()):
-            raise ValueError("ablations are compared on held-out examples: set held_out of a system")
+        if self.ablations and not any(map(_is_measured, self.systems.values())):
+            raise ValueError("ablations are compared on held-out examples: set held_out and metric of a system")
         if self.regions.granularity == "none" and set(self.ablations) - {"reversed"}:
             raise ValueError("without regions there is nothing to ablate but the order of stages: 'reversed'")
         if "reversed" in self.ablations and len(self.stages) < 2:
             raise ValueError("ablation 'reversed' needs two stages")
+
+
+def _is_measured(system: SystemTask | SystemSource) -> bool:
+    """Whether accuracy can be measured of it; a task has a metric always."""
+    return system.held_out > 0 and (isinstance(system, SystemTask) or system.metric is not None)
 
 
 def run_kind(path: Path) -> type[TrainRun] | type[StagesRun]:

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -62,7 +63,7 @@ def _from_file(path: Path) -> Iterator[dict[str, object]]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise FormatError("not UTF-8", where=f"{path}, line {line}", remedy="convert the file to UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise FormatError(f"cannot be read ({error})", where=path, remedy="fetch or write the file again") from error
     return _csv_rows(text, path) if kind == [".csv"] else _json_rows(text, path)
 

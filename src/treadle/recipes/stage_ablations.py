@@ -14,9 +14,10 @@ from statistics import fmean
 from treadle.configs.stages import Ablation
 from treadle.evaluation.intervals import Interval, wilson_interval
 from treadle.family.family import AdapterFamily
-from treadle.family.plan import ModulePlan, RankPlan
+from treadle.family.plan import RankPlan
 from treadle.family.resize import resized_family
 from treadle.partition.regions import shuffled
+from treadle.ranks.allocation import AllocationSettings, Budget, allocate
 from treadle.train.stages.training import WARM_UP, Run, Staged, train_in_stages
 
 
@@ -87,9 +88,18 @@ def _parameters(made: Staged) -> tuple[int, ...]:
 
 
 def _of_lower_rank(family: AdapterFamily, share: float) -> AdapterFamily:
-    """The family with that share of every module's ranks, at least one, at the same α/r."""
-    modules: dict[str, ModulePlan] = {}
-    for name, module in family.plan.modules.items():
-        rank = max(1, round(share * module.rank))
-        modules[name] = replace(module, rank=rank, lora_alpha=module.scaling * rank)
-    return resized_family(family, RankPlan(modules))
+    """The family with that share of its numbers in B, in proportion to its ranks, at the same α/r."""
+    modules = family.plan.modules
+    plan = allocate(
+        {name: float(module.rank) for name, module in modules.items()},
+        {name: module.shape for name, module in modules.items()},
+        budget=Budget("trainable", max(1, round(share * family.plan.count().lora_B))),
+        settings=AllocationSettings(minimum=0),
+    )
+    ranks = {name: module.rank for name, module in plan.modules.items()}
+    return resized_family(
+        family,
+        RankPlan(
+            {n: replace(modules[n], rank=rank, lora_alpha=modules[n].scaling * rank) for n, rank in ranks.items()}
+        ),
+    )

@@ -97,7 +97,6 @@ def test_privacy_of_clients_is_warned_of_among_three_and_recorded(root: Path, ca
     assert (said.settings["client_delta"], said.epsilon) == (1e-2, None)  # rows are promised nothing by it
     assert "client-level privacy is meaningless here: with 3 clients a round" in caplog.text
 
-
     clients = [name for name in said.settings if any(client in name for client in NAMES)]
     assert clients == []  # who took part is what it promises not to tell
     assert (said.settings["silos"], said.data) == (3, "3 silos")

@@ -243,6 +243,11 @@ def test_trials_are_added_until_the_ranks_settle(run: PlanRun) -> None:
     assert json.loads(few.plan.provenance["probe_settings"])["trials"] == 2
 
 
+def test_the_uniform_peer_is_uniform_whatever_rule_the_plan_goes_by(run: PlanRun) -> None:
+    (peer,) = plan(run.model_copy(update={"compare": ("uniform",), "rule": "sqrt-per-parameter"})).peers
+    assert max(peer.ranks.values()) - min(peer.ranks.values()) <= 1  # the rest of a budget raises some by one
+
+
 def test_peers_share_out_the_same_budget(run: PlanRun) -> None:
     names = ("uniform", "shuffled", "shuffled-in-shape", "reversed", "floor", "sqrt", "jacobian", "eva")
     text = ProbeText(sequences=8, tokens=16)  # of which EVA has rows enough for twice the mean rank

@@ -204,7 +204,9 @@ def test_ablations_that_would_say_nothing_are_refused(root: Path) -> None:
     unmeasured = {name: {**data, "held_out": 0} for name, data in systems.items()}
     refused({"ablations": ["all", "all"]}, "ablations names one twice")
     refused({"ablations": ["none"]}, "ablations")
-    refused({"ablations": ["all"], "systems": unmeasured}, "set held_out of a system")
+    refused({"ablations": ["all"], "systems": unmeasured}, "set held_out and metric of a system")
+    unjudged = {name: {key: value for key, value in data.items() if key != "metric"} for name, data in systems.items()}
+    refused({"ablations": ["all"], "systems": unjudged}, "set held_out and metric of a system")
     refused(
         {"ablations": ["all"], "minds": False, "regions": {"granularity": "none"}}, "nothing to ablate but the order"
     )

@@ -1,5 +1,6 @@
 """What stands between a voter and an endpoint: its pace, its limits, and pauses that all its threads keep."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ class Gate:
         self._closed = threading.Event()
         self._wait = self._closed.wait if wait is None else wait
         self._lock = threading.Lock()
-        self._next, self._under_way = 0.0, 0
+        self._next, self._paused, self._under_way = 0.0, 0.0, 0
 
     def enter(self) -> None:
         """Return when a request may begin.
@@ -57,10 +58,18 @@ class Gate:
         with self._lock:
             self._check()
             self._under_way += 1
+        begin = -math.inf
+        while begin < self._paused:  # also where a pause was called while this request was waiting for its turn
+            begin = self._turn()
+            self._sleep_until(begin)
+
+    def _turn(self) -> float:
+        """When the next request may begin."""
+        with self._lock:
             begin = max(self._now(), self._next)
             if self._limits.requests_per_minute is not None:
                 self._next = begin + 60.0 / self._limits.requests_per_minute
-        self._sleep_until(begin)
+            return begin
 
     def leave(self, count: Callable[[], None]) -> None:
         """Say that a request has ended; `count` adds it to what is spent, so that at no moment it counts twice."""
@@ -94,7 +103,7 @@ class Gate:
         """
         with self._lock:
             until = self._now() + seconds
-            self._next = max(self._next, until)
+            self._next, self._paused = max(self._next, until), max(self._paused, until)
         self._sleep_until(until)
 
     def _sleep_until(self, moment: float) -> None:

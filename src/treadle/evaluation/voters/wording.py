@@ -156,13 +156,18 @@ def system_in(text: str, names: Sequence[str]) -> str | None:
         except ValueError:
             continue
         if vote is not None:
-            return _only_name(str(vote), names)
+            return vote if vote in names else _only_name(str(vote), names)
     lines = [line for line in said.splitlines() if line.strip()]
     return _only_name(said, names) or (_only_name(lines[-1], names) if lines else None)
 
 
 def _only_name(text: str, names: Sequence[str]) -> str | None:
-    found = [name for name in names if _pattern(name).search(text)]
+    """The one name in the text; what is part of a longer name there is not the shorter one."""
+    found, left = list[str](), text
+    for name in sorted(names, key=len, reverse=True):
+        left, count = _pattern(name).subn("\0", left)
+        if count:
+            found.append(name)
     return found[0] if len(found) == 1 else None
 
 

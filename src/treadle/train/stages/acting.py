@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from jaxtyping import Bool
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -95,7 +96,8 @@ def acting(model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[
             for name, (A, B) in parts.items():
                 _fill(A, factors.lora_A[name][chosen[name]])
                 _fill(B, factors.lora_B[name][:, chosen[name]])
-                A.requires_grad_(factors.moves_A)
+                if not factors.moves_A:
+                    _freeze_A(wrapped, name)
             sides = [{name: part[side] for name, part in parts.items()} for side in (0, 1)]
             yield Acting(wrapped, sides[0], sides[1], factors, chosen)
         finally:
@@ -109,6 +111,13 @@ def _smaller(row: ModulePlan, rank: int) -> ModulePlan:
 def _parts(model: PeftModel, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     layer = model.get_submodule(f"base_model.model.{name}")
     return layer.get_parameter(f"lora_A.{ADAPTER}.weight"), layer.get_parameter(f"lora_B.{ADAPTER}.weight")
+
+
+def _freeze_A(model: PeftModel, name: str) -> None:
+    """Let A ask for no gradient, also after PEFT has switched adapters, as TRL does for the reference of a KL term."""
+    layer = cast("LoraLayer", model.get_submodule(f"base_model.model.{name}"))
+    layer.frozen_peft_weight_names = {ADAPTER: ("lora_A",)}
+    _parts(model, name)[0].requires_grad_(False)
 
 
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:

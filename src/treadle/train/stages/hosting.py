@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -106,7 +106,9 @@ class _Following(TrainerCallback):
         if look is None or every == 0:
             return
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self._told.records.append(Record(state.global_step, dict(look(state.global_step))))
+            record = Record(state.global_step, dict(look(state.global_step)))
+            self._told.records.append(record)
+            state.log_history.append({"step": record.step, **record.values})  # kept with the next checkpoint
 
 
 def _line(values: Mapping[str, float]) -> str:
@@ -121,12 +123,14 @@ def common_arguments(acting: Acting, stage: Stage, hosting: Hosting) -> dict[str
         "output_dir": str(hosting.folder),
         "max_steps": stage.steps,
         "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": stage.schedule,
+        # transformers' "constant" knows no rise, and would leave warmup out without a word.
+        "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
         "warmup_steps": round(stage.warmup * stage.steps),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "seed": stage.seed,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of the steps before in the place of NaN
         "save_strategy": "steps" if hosting.save_steps else "no",
         "save_steps": hosting.save_steps or 1,
         "save_total_limit": 2,
@@ -158,7 +162,7 @@ def run_to_the_end(trainer: Trainer, hosting: Hosting, told: Told) -> None:
     """Train, from the last whole checkpoint in the folder if there is one.
 
     Raises:
-        TreadleError: the loss is not finite.
+        TreadleError: a loss or a factor is not finite, or the trainer stopped before the last step.
         UnavailableError: a checkpoint cannot be written; the one before it stands.
     """
     trainer.remove_callback(PrinterCallback)
@@ -169,12 +173,28 @@ def run_to_the_end(trainer: Trainer, hosting: Hosting, told: Told) -> None:
             Record(int(entry["step"]), {name: float(value) for name, value in entry.items() if name != "step"})
             for entry in state.log_history
         ]
-    with _writing(trainer, hosting.folder):
-        trainer.train(resume_from_checkpoint=str(found) if found else None)
+    try:
+        with _writing(trainer, hosting.folder):
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+    except RuntimeError:  # what torch says of sampling from NaN
+        _refuse_divergence(trainer)
+        raise
     for record in told.records:
         loss = record.values.get("loss", 0.0)
         if not -float("inf") < loss < float("inf"):
             raise TreadleError(f"the loss is {loss} at step {record.step}", remedy="lower learning_rate")
+    _refuse_divergence(trainer)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise TreadleError(
+            f"the trainer stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps",
+            remedy="give it more examples, or fewer prompts a step",
+        )
+
+
+def _refuse_divergence(trainer: Trainer) -> None:
+    model = cast("torch.nn.Module", trainer.model)
+    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.requires_grad):
+        raise TreadleError("a factor became NaN or infinite", remedy="lower learning_rate")
 
 
 @contextlib.contextmanager

@@ -109,7 +109,8 @@ def _exact(judging: Judging) -> Reward:
 def _math_verify(judging: Judging) -> Reward:
     """Parsed without the library's own clock, which counts by signals and so only works in a main thread."""
     library = _library("math_verify", "math-verify")
-    del judging
+    if not isinstance(judging.metric, ExactMatch):
+        raise ConfigError("reward 'math-verify' needs a metric of kind 'exact-match'", remedy="add it to the data")
 
     def reward(rollout: Rollout) -> float:
         gold = library.parse(f"${rollout.example.label}$", parsing_timeout=None)

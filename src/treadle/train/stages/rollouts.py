@@ -39,11 +39,17 @@ def train_by_rollouts(
         optimizer: over the acting parameters; None takes AdamW, as the Trainer would.
 
     Raises:
-        InputError: there is no example.
+        InputError: there are fewer examples than prompts in a step, of which the trainer would make no step at all.
         TreadleError: a reward fails or gives no finite number, or the loss is not finite.
     """
     if not examples:
         raise InputError("there is no example to roll out", where="stage", remedy="check labels and max_prompt_length")
+    if len(examples) < stage.prompts:
+        raise InputError(
+            f"{len(examples)} examples can be rolled out, fewer than prompts = {stage.prompts}",
+            where="stage",
+            remedy="lower prompts, raise max_prompt_length, or give more rows",
+        )
     told = Told()
     whole = stage.prompts * stage.group
     micro = stage.micro_batch or whole

@@ -11,6 +11,7 @@ from PiSSA and says nothing of it); regions may be made of whole ranks; a stage 
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from treadle import files
 from treadle.data.metrics import Metric
 from treadle.data.prompts import Example
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, MismatchError
 from treadle.evaluation.answers import Answering, correct
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import trainable_factors
@@ -30,14 +32,14 @@ from treadle.partition.region_files import load_regions, save_regions
 from treadle.partition.regions import Regions
 from treadle.partition.units import Mask
 from treadle.progress import Progress, silent
-from treadle.train.checkpoint import check_facts
+from treadle.train.checkpoint import LOST, check_facts
 from treadle.train.masked import MaskedAdamW, element_masks, masked_gradients
 from treadle.train.objectives import mean_losses
-from treadle.train.rows import Row, digest, encoded, shuffled
+from treadle.train.rows import Row, encoded, shuffled
 from treadle.train.settings import SftSettings
 from treadle.train.stages.acting import Acting, acting, all_ranks, others_acting
 from treadle.train.stages.factors import Factors
-from treadle.train.stages.hosting import Hosting, Look, Record, discard
+from treadle.train.stages.hosting import Hosting, Look, Record, discard, last_checkpoint
 from treadle.train.stages.rewards import Judging, Reward, reward_of
 from treadle.train.stages.rollouts import fitting, train_by_rollouts
 from treadle.train.stages.settings import GrpoStage, SftStage, Stage
@@ -48,6 +50,8 @@ from treadle.train.unchanged import eval_mode
 
 WARM_UP = "warm-up"
 _SAVE_STEPS = 50
+_ALL = 1 << 30
+_OF = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -176,12 +180,12 @@ class Run:
         return {
             "family": self.family.fingerprint,
             **self.plan.partition.decisive(),
-            **{f"data.{name}": digest(self.rows(name, SftStage())) for name in self.systems},
+            **{f"data.{name}": _digest(system) for name, system in self.systems.items()},
         }
 
-    def rows(self, system: str, stage: SftStage) -> list[Row]:
+    def rows(self, system: str, max_length: int) -> list[Row]:
         """The system's examples as tokens."""
-        settings = SftSettings(max_length=stage.max_length)
+        settings = SftSettings(max_length=max_length)
         return encoded(self.model, self.tokenizer, self.systems[system].examples, settings)
 
     def accuracy(self) -> dict[str, float]:
@@ -256,7 +260,7 @@ def _measured(run: Run, factors: Factors) -> dict[str, float]:
 
 def _mixture(run: Run, stage: SftStage) -> list[Row]:
     """All systems' rows in an order drawn from the seed."""
-    rows = [row for name in run.systems for row in run.rows(name, stage)]
+    rows = [row for name in run.systems for row in run.rows(name, stage.max_length)]
     return [rows[place] for place in shuffled(len(rows), stage.seed, WARM_UP)]
 
 
@@ -275,7 +279,11 @@ def _part(
     found = kept(path, first, facts)
     if found is None:
         hosting = Hosting(
-            run.folder / name, _SAVE_STEPS, _look(run), run.plan.look_steps, _labelled(run.progress, name)
+            _folder_of(run.folder / name, facts),
+            _save_steps(stage),
+            _look(run),
+            run.plan.look_steps,
+            _labelled(run.progress, name),
         )
         with (
             acting(run.model, factors, _ranks(factors, region)) as now,
@@ -288,6 +296,28 @@ def _part(
     return found.factors, Passed(name, found.records, parameters, found.left_out)
 
 
+def _folder_of(folder: Path, facts: Facts) -> Path:
+    """The folder of a part's checkpoints, which are of a run with these facts or of none.
+
+    Raises:
+        MismatchError: they are of another run; names what differs.
+    """
+    path = folder / _OF
+    if path.exists():
+        check_facts(path, files.read_json(path), facts)
+    elif last_checkpoint(folder) is not None:
+        raise MismatchError("the checkpoints are of a run that is not named", where=folder, remedy=LOST)
+    else:
+        files.write_json(path, dict(facts))
+    return folder
+
+
+def _save_steps(stage: Stage) -> int:
+    """Steps between checkpoints: none between two updates on one set of completions, which no checkpoint holds."""
+    cycle = stage.iterations if isinstance(stage, GrpoStage) else 1
+    return max(1, _SAVE_STEPS // cycle) * cycle
+
+
 def _trained(
     run: Run,
     now: Acting,
@@ -298,7 +328,7 @@ def _trained(
     """The records of a part, and how many examples it left out."""
     _, stage, data = task
     if isinstance(stage, SftStage):
-        rows = run.rows(data, stage) if isinstance(data, str) else data
+        rows = run.rows(data, stage.max_length) if isinstance(data, str) else data
         return train_supervised(now, run.tokenizer, rows, stage, hosting, optimizer=optimizer).records, 0
     assert isinstance(data, str)  # a warm-up, which mixes systems, is supervised
     system = run.systems[data]
@@ -360,10 +390,24 @@ def _regions(run: Run, factors: Factors, facts: Facts) -> Regions:
     return partition.control(regions) if partition.control else regions
 
 
+def _longest(run: Run, system: str) -> int:
+    """Tokens of a row that its importance is measured on: as many as training reads, or all where only rewards do."""
+    stages = [assigned.stage for assigned in run.plan.stages if assigned.system == system]
+    read = [stage.max_length for stage in (run.plan.partition.warm_up, *stages) if isinstance(stage, SftStage)]
+    return max(read, default=_ALL)
+
+
+def _digest(system: System) -> str:
+    """Of all that is learnt from and judged by; kept with the state of a run under way, and never handed on."""
+    metric = None if system.metric is None else asdict(system.metric)
+    content = [[asdict(example) for example in system.examples], metric]
+    return hashlib.sha256(files.canonical_json(content)).hexdigest()
+
+
 def _sums(run: Run, factors: Factors, system: str) -> Measured:
     partition = run.plan.partition
     assert partition.granularity != "none"
-    rows = run.rows(system, SftStage())
+    rows = run.rows(system, _longest(run, system))
     chosen = shuffled(len(rows), partition.seed, f"importance/{system}")[: partition.samples]
     order = sorted(chosen, key=lambda place: rows[place].tokens)
     size = partition.batch_size

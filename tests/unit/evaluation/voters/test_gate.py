@@ -50,6 +50,25 @@ def test_a_pause_holds_for_everybody() -> None:
     assert clock.time == 130.0
 
 
+def test_a_pause_holds_for_those_who_wait_for_their_turn_already() -> None:
+    clock, begun = Clock(), list[float]()
+    made = gate(clock, Limits(requests_per_minute=60.0))
+    made.enter()
+    real = clock.wait
+
+    def interrupted(seconds: float) -> None:
+        clock.wait = real  # type: ignore[method-assign]
+        made._wait = real
+        made._next, made._paused = max(made._next, clock.time + 10.0), clock.time + 10.0  # another thread's pause
+        real(seconds)
+
+    made._wait = interrupted
+    for _ in range(2):
+        made.enter()
+        begun.append(clock.time)
+    assert begun == [110.0, 111.0]  # after the pause, and at their distance still
+
+
 def test_requests_under_way_count_towards_the_limit() -> None:
     made = gate(Clock(), Limits(requests=5), Cost(requests=3))
     made.enter()

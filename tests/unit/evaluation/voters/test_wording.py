@@ -96,6 +96,20 @@ def test_the_vote_in_a_reply(text: str, system: str | None) -> None:
     assert system_in(text, NAMES) == system
 
 
+@pytest.mark.parametrize(
+    ("text", "system"),
+    [
+        ('{"system": "very-fast"}', "very-fast"),
+        ('{"system": "fast"}', "fast"),
+        ("Very fast.", "very-fast"),
+        ("fast", "fast"),
+        ("fast, not very fast", None),
+    ],
+)
+def test_a_name_within_another_is_told_from_it(text: str, system: str | None) -> None:
+    assert system_in(text, ["fast", "very-fast"]) == system
+
+
 @given(st.text(), st.sampled_from(NAMES), st.text(alphabet=st.characters(blacklist_characters="{}<>")))
 def test_the_demanded_form_is_always_read_whatever_stands_around_it(before: str, name: str, after: str) -> None:
     before = before.replace("<", "").replace("{", "(").replace("}", ")")

@@ -73,6 +73,7 @@ def test_code_is_worth_what_its_tests_say() -> None:
     [
         ("accuracy", Judging(EXACT), f"no reward is called 'accuracy'; choose among {', '.join(REWARDS)}"),
         ("exact", Judging(None), "reward 'exact' needs a metric of kind 'exact-match'"),
+        ("math-verify", Judging(None), "reward 'math-verify' needs a metric of kind 'exact-match'"),
         ("exact", Judging(CODE), "reward 'exact' needs a metric of kind 'exact-match'"),
         ("code", Judging(EXACT, allow_code_execution=True), "reward 'code' needs a metric of kind 'code'"),
     ],

@@ -1,9 +1,11 @@
 """TRL's trainers as hosts: their own trajectory where all is trained, and runs that go on where they were killed."""
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from datasets import Dataset
 from huggingface_hub import constants
 from huggingface_hub.utils import _telemetry
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -25,6 +28,7 @@ from treadle.train.stages.rollouts import fitting, train_by_rollouts
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import started
 from treadle.train.stages.supervised import train_supervised
+from treadle.train.stages.training import System
 
 SFT = SftStage(learning_rate=0.05, steps=8, batch_size=4, warmup=0.25, weight_decay=0.1)
 GRPO = GrpoStage(
@@ -41,9 +45,12 @@ COMMON |= {"bf16": False, "gradient_checkpointing": False, "lr_scheduler_type": 
 
 
 def stock(world: SimpleNamespace, factors: Factors) -> torch.nn.Module:
-    """The base under stock PEFT with the factors in it, A frozen."""
+    """The base under stock PEFT with the factors in it, A frozen for good: switching adapters would thaw it."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(factors.plan.modules), task_type="CAUSAL_LM")
     model = get_peft_model(world.model, config)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.frozen_peft_weight_names = {"default": ("lora_A",)}
     for name, parameter in model.named_parameters():
         module = name.removeprefix("base_model.model.").split(".lora_")[0]
         if ".lora_A." in name:
@@ -138,7 +145,8 @@ def test_rollouts_of_all_ranks_are_trls_own(world: SimpleNamespace, folder: Path
 def test_a_killed_stage_goes_on_as_if_it_had_not_been(
     world: SimpleNamespace, folder: Path, stage: SftStage | GrpoStage
 ) -> None:
-    whole, told = ours(world, stage, Hosting(folder / "whole"))
+    watch: dict[str, Any] = {"look": lambda step: {"accuracy/films": step / 8}, "look_steps": 2}
+    whole, told = ours(world, stage, Hosting(folder / "whole", **watch))
 
     class Killed(Exception):
         pass
@@ -148,17 +156,17 @@ def test_a_killed_stage_goes_on_as_if_it_had_not_been(
             raise Killed
 
     with pytest.raises(Killed):
-        ours(world, stage, Hosting(folder / "killed", save_steps=2, progress=kill))
+        ours(world, stage, Hosting(folder / "killed", save_steps=2, progress=kill, **watch))
     found = last_checkpoint(folder / "killed")
     assert found is not None
     assert found.name == "checkpoint-4"
     for begun, written in (("checkpoint-5", ""), ("checkpoint-6", '{"global_step": 6, "log_hist')):
         (folder / "killed" / begun).mkdir()
         (folder / "killed" / begun / "trainer_state.json").write_text(written)  # its last file, never to its end
-    again, rest = ours(world, stage, Hosting(folder / "killed", save_steps=2))
+    again, rest = ours(world, stage, Hosting(folder / "killed", save_steps=2, **watch))
     for name, B in whole.lora_B.items():
         assert torch.equal(again.lora_B[name], B)
-    assert [r.step for r in rest.records] == [r.step for r in told.records]
+    assert [(r.step, set(r.values)) for r in rest.records] == [(r.step, set(r.values)) for r in told.records]
 
 
 def test_a_disk_that_fills_up_is_told_in_one_line_and_loses_nothing(world: SimpleNamespace, folder: Path) -> None:
@@ -267,6 +275,37 @@ def test_without_examples_there_is_no_stage(world: SimpleNamespace, folder: Path
             train_supervised(now, world.tokenizer, [], SFT, Hosting(folder))
         with pytest.raises(InputError, match="no example to roll out"):
             train_by_rollouts(now, world.tokenizer, [], {}, GRPO, Hosting(folder))
+
+
+def test_fewer_examples_than_prompts_are_refused_and_make_no_empty_stage(world: SimpleNamespace, folder: Path) -> None:
+    films = world.systems["films"]
+    world.systems["films"] = System(films.examples[:3], (), films.metric)
+    with pytest.raises(InputError, match="3 examples can be rolled out, fewer than prompts = 4"):
+        ours(world, replace(GRPO, prompts=4), Hosting(folder))
+
+
+@pytest.mark.parametrize("stage", [SFT, GRPO], ids=["sft", "grpo"])
+def test_a_stage_that_diverges_is_an_error_and_no_result(
+    world: SimpleNamespace, folder: Path, stage: SftStage | GrpoStage
+) -> None:
+    with pytest.raises(TreadleError, match=r"the loss is nan at step|became NaN or infinite"):
+        ours(world, replace(stage, learning_rate=1e38), Hosting(folder))
+
+
+def test_the_reference_of_kl_asks_a_frozen_A_for_no_gradient(world: SimpleNamespace, folder: Path) -> None:
+    """On the first step policy and reference are one, so that KL and its gradient are 0 and the norms must agree."""
+    norms = [
+        ours(world, replace(GRPO, kl=kl, steps=1), Hosting(folder / str(kl)))[1].records[0].values["grad_norm"]
+        for kl in (0.0, 0.1)
+    ]
+    assert norms[0] > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)  # float32; with A's gradients it is hundreds of times as large
+
+
+def test_a_constant_rate_rises_first(world: SimpleNamespace, folder: Path) -> None:
+    _, told = ours(world, replace(SFT, schedule="constant", warmup=0.5), Hosting(folder))
+    rates = [record.values["learning_rate"] for record in told.records]
+    assert rates == pytest.approx([0.05 * min(step / 4, 1.0) for step in range(8)])
 
 
 def test_prompts_that_are_too_long_are_left_out(world: SimpleNamespace) -> None:

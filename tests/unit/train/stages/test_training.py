@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel
 from torch.testing import assert_close
 
+from treadle.data.metrics import ExactMatch
 from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.peft_format import read_tensors
+from treadle.train.stages import training
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.training import Assigned, Partition, Plan, Run, System, train_in_stages
 
@@ -118,6 +120,38 @@ def test_a_killed_run_goes_on(world: SimpleNamespace, folder: Path) -> None:
             train_in_stages(replace(run_of(world, folder / at), progress=kill))
         again = train_in_stages(run_of(world, folder / at))
         assert all(torch.equal(again.factors.lora_B[name], B) for name, B in whole.factors.lora_B.items())
+
+
+@pytest.mark.parametrize("change", ["rate", "rows", "metric"])
+def test_checkpoints_within_a_stage_are_of_their_own_run_alone(
+    world: SimpleNamespace, folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SAVE_STEPS", 2)
+
+    def killed(description: str, done: int, total: int) -> None:
+        if description.startswith("stage-1") and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_stages(replace(run_of(world, folder), progress=killed))
+    assert (folder / "stage-1" / "checkpoint-2").is_dir()
+    films, stages = world.systems["films"], (SFT, RL)
+    if change == "rate":
+        stages = (replace(SFT, stage=replace(SFT.stage, learning_rate=0.01)), RL)
+    elif change == "rows":
+        world.systems["films"] = replace(films, examples=films.examples[:20])
+    else:
+        world.systems["films"] = replace(films, metric=ExactMatch("exact-match", max_new_tokens=2, ignore_case=True))
+    with pytest.raises(MismatchError, match="learning_rate" if change == "rate" else "data.films"):
+        train_in_stages(run_of(world, folder, stages=stages))
+
+
+def test_checkpoints_never_fall_between_updates_on_one_set_of_completions() -> None:
+    grpo = replace(RL.stage, iterations=3)
+    assert isinstance(grpo, GrpoStage)
+    assert training._save_steps(grpo) == 48
+    assert training._save_steps(replace(grpo, iterations=64)) == 64
+    assert training._save_steps(SFT.stage) == 50
 
 
 def test_a_damaged_stage_is_named(world: SimpleNamespace, folder: Path) -> None:
