@@ -46,7 +46,7 @@ class MechanismEvent:
         noise = self.noise_multiplier
         require("noise_multiplier", noise, 0 < noise < math.inf, "a positive number")
         require("sample_rate", self.sample_rate, 0 < self.sample_rate <= 1, "in (0, 1]")
-        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        whole = type(self.steps) is int  # JSON may say 1.0 or true, which no ledger can read again
         require("steps", self.steps, whole and self.steps >= 1, "a whole number of at least 1")
 
     def to_json(self) -> dict[str, float | int]:

@@ -65,6 +65,8 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
     """
     work = _Pilot(config, _Stage.opened(config, progress))
     _write_down(config)
+    progress("gradients of public rows", 0, 0)
+    signals = work.signals
     done = {row.trial: row for row in _recorded(config.out / TRIALS)}
     planned, seeds = len(_points(config)) * len(_epsilons(config)), len(config.trials.seeds)
     expected = planned + seeds * len(_epsilons(config))
@@ -85,7 +87,7 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
         searched += here
         curve.append(work.at(epsilon, best, reported))
     untrained = accuracy_of(work.stage.model, Factors({}, {}), work.stage.judging["report"])
-    return _decided(config, work.signals, tuple(searched), tuple(curve), untrained)
+    return _decided(config, signals, tuple(searched), tuple(curve), untrained)
 
 
 def _write_down(config: PilotRun) -> None:
