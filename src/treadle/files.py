@@ -1,6 +1,7 @@
 """Files that are either whole or absent: atomic writes, contained paths, digests."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from treadle.errors import FormatError, InputError, UnavailableError
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -25,22 +27,35 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         UnavailableError: the disk refuses (full, read-only); `path` is as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with _writing(path), os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fchmod(stream.fileno(), 0o644)  # mkstemp's 0600 would keep a team out
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with _writing(path):
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A block in which what the disk refuses is one line.
+
+    Raises:
+        UnavailableError: it refuses.
+    """
+    try:
+        yield
     except OSError as error:
         raise UnavailableError(
             f"cannot write ({error.strerror})", where=path, remedy="free space or choose another folder"
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -54,9 +69,9 @@ def append_line(path: Path, line: bytes) -> None:
     Raises:
         UnavailableError: the disk refuses; what stood there stands there still.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = line + b"\n"
-    try:
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)  # a file may show a line that is only begun: it grows page by page
@@ -67,10 +82,6 @@ def append_line(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(handle)
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot write ({error.strerror})", where=path, remedy="free space or choose another file"
-        ) from error
 
 
 def canonical_json(content: object) -> bytes:
@@ -89,6 +100,8 @@ def read_json(path: Path) -> dict[str, object]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError("no such file", where=path, remedy="check the path") from error
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path, remedy="name a readable file") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"not valid JSON ({error})", where=path, remedy="write the file again") from error
     if not isinstance(content, dict):
@@ -106,40 +119,54 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not overwrite:
         raise InputError("already exists", where=path, remedy="choose another name or pass overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                sync_file(file)
-        _swap(temporary, path)
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot write ({error.strerror})", where=path, remedy="free space or choose another folder"
-        ) from error
+        with _writing(path):
+            yield temporary
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)
+                    sync_file(file)
+            _swap(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _swap(temporary: Path, path: Path) -> None:
-    """Put `temporary` at `path`; what stood there is moved aside first and put back if the move fails."""
+    """Put `temporary` at `path`; what stood there is at `temporary` then, and stays where it was if anything fails."""
     if not path.exists():
         os.rename(temporary, path)
         sync_folder(path.parent)
         return
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-    os.rename(path, aside / path.name)
+    _exchange(temporary, path)
     try:
-        os.rename(temporary, path)
         sync_folder(path.parent)
     except BaseException:
-        os.rename(aside / path.name, path)
+        _exchange(temporary, path)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Let two folders change places: in one step where Linux can, else in three renames."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        if renameat2(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0:
+            return
+    except (OSError, AttributeError):  # another system, or an older library
+        pass
+    aside = Path(tempfile.mkdtemp(dir=first.parent, prefix=f".{second.name}.", suffix=".old")) / second.name
+    os.rename(second, aside)
+    try:
+        os.rename(first, second)
+    except BaseException:
+        os.rename(aside, second)
+        aside.parent.rmdir()
+        raise
+    os.rename(aside, first)
+    aside.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -120,22 +120,61 @@ def test_a_failing_block_leaves_what_stood_there(tmp_path: Path, failure: BaseEx
     assert leftovers(tmp_path) == []
 
 
-def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class OldLibrary:
+    """A C library that cannot exchange two names."""
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "by renames"])
+def test_a_folder_that_cannot_be_flushed_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
     path = tmp_path / "bank"
     with files.new_folder(path) as temporary:
         (temporary / "file").write_bytes(b"old")
-    rename, calls = os.rename, []
-
-    def second_fails(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == 2:
-            full_disk()
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", second_fails)
+    if not exchanges:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: OldLibrary())
+    monkeypatch.setattr(files, "sync_folder", lambda _: full_disk())
     with pytest.raises(UnavailableError), files.new_folder(path, overwrite=True) as temporary:
         (temporary / "file").write_bytes(b"new")
     assert (path / "file").read_bytes() == b"old"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_rename_that_fails_loses_neither_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    path = tmp_path / "bank"
+    with files.new_folder(path) as temporary:
+        (temporary / "file").write_bytes(b"old")
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: OldLibrary())
+    rename, calls = os.rename, []
+
+    def fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == failing:
+            full_disk()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(UnavailableError), files.new_folder(path, overwrite=True) as temporary:
+        (temporary / "file").write_bytes(b"new")
+    # The third only clears up: the new folder is in its place, and the old one still beside it.
+    assert (path / "file").read_bytes() == (b"new" if failing == 3 else b"old")
+    if failing == 3:
+        assert [file.read_bytes() for file in tmp_path.glob(".bank.*.old/bank/file")] == [b"old"]
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UnavailableError, match="cannot write"):
+        files.write_bytes(tmp_path / "file" / "plan.json", b"")
+    with pytest.raises(UnavailableError, match="cannot write"), files.new_folder(tmp_path / "file" / "bank"):
+        pass
+    with pytest.raises(UnavailableError, match="cannot write"):
+        files.append_line(tmp_path / "file" / "log", b"")
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_json(tmp_path)
 
 
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def example_of(prompt: str, completion: str, metric: Metric | None, row: Row, *,
             remedy="mend the row or the task",
         )
     answers = {key: fill(completion, {**seen, metric.field: text}, where=where) for key, text in texts.items()}
+    if len(set(answers.values())) < len(answers):
+        raise FormatError("two answers are the same text", where=where, remedy="let the completion show the label")
     return Example(prompt, answers[label], label=label, candidates=tuple(answers.values()))
 
 

@@ -23,6 +23,9 @@ class LabelLikelihood:
         """Refuse what no likelihood can tell apart."""
         if len(self.labels) < 2 or len(set(self.labels.values())) < len(self.labels):
             raise ValueError("labels: give two or more, each with a text of its own")
+        for text in self.labels.values():  # of two such, the shorter is never less likely
+            if longer := [other for other in self.labels.values() if other != text and other.startswith(text)]:
+                raise ValueError(f"labels: {longer[0]!r} begins with {text!r}, so that it could never win")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """The generated text equals the row's `field`, after `normalise` has been applied to both."""
+    """The generated text, up to the first of the `stop` strings, equals the row's `field`, both of them normalised."""
 
     kind: Literal["exact-match"]
     max_new_tokens: int
@@ -57,6 +60,7 @@ class ExactMatch:
     ignore_case: bool = False
     ignore: str = ""
     extract: str | None = None
+    stop: tuple[str, ...] = ()
     __pydantic_config__: ClassVar = _FORBID
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class ExactMatch:
 
     def agrees(self, generated: str, label: str) -> bool:
         """Whether the generated text answers `label`, an example's label, which is normalised already."""
-        return bool(label) and self.normalise(generated) == label
+        return bool(label) and self.normalise(_until(generated, self.stop)) == label
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,12 @@ class Code:
 
     def cut(self, generated: str) -> str:
         """The generated text up to the first of the `stop` strings."""
-        ends = [index for mark in self.stop if (index := generated.find(mark)) >= 0]
-        return generated[: min(ends, default=len(generated))]
+        return _until(generated, self.stop)
+
+
+def _until(text: str, stop: tuple[str, ...]) -> str:
+    ends = [index for mark in stop if (index := text.find(mark)) >= 0]
+    return text[: min(ends, default=len(text))]
 
 
 Metric = LabelLikelihood | Choices | ExactMatch | Code

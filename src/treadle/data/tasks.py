@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from treadle.data.examples import example_of, shown
-from treadle.data.metrics import Metric, compiled
+from treadle.data.metrics import Choices, LabelLikelihood, Metric, compiled
 from treadle.data.prompts import Example, Row, fields_of, fill
 from treadle.data.reasoning import draw_questions
 from treadle.data.sources import read_rows
@@ -122,14 +122,24 @@ class Task(Part):
             for key, text in (forms | {"bare": self.bare}).items():
                 if set(fields_of(text)) != content:
                     raise ValueError(f"{key} does not use exactly the fields of the prompt: {sorted(content)}")
-            if not fields_of(self.completion):
+            named = fields_of(self.completion)
+            if not named:
                 raise ValueError("the completion names no field")
+            if isinstance(self.metric, LabelLikelihood | Choices) and self.metric.field not in named:
+                raise ValueError(
+                    f"the completion does not show {self.metric.field!r}, so that all answers are one text"
+                )
         except ConfigError as error:
             raise ValueError(str(error)) from error
         wordings = (self.prompt, self.bare, *self.variants, *self.paraphrases)
         if len(set(wordings)) < len(wordings):
             raise ValueError("two of prompt, variants, paraphrases and bare are the same")
         return self
+
+    @property
+    def has_training_rows(self) -> bool:
+        """Whether there is anything to train on, or to show before a prompt."""
+        return isinstance(self.data, Generated) or self.data.train is not None
 
     def examples(
         self,

@@ -265,6 +265,12 @@ class Adapter:
                 raise MismatchError(
                     f"its lora_A of {module!r} is not the family's", where=self.name, remedy="restore it"
                 )
+        if dict(self.plan.modules) != dict(family.plan.modules):
+            raise MismatchError(
+                "its adapter_config.json has other modules, ranks or alphas than its family",
+                where=self.name,
+                remedy="restore the file, or delete treadle.json to add it as foreign",
+            )
         lora_B = {module: self.lora_B[module] for module in family.plan.modules}
         digest = self.__dict__.get("digest")
         return replace(

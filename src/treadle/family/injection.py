@@ -149,11 +149,12 @@ def _device(layer: nn.Module) -> torch.device:
 
 
 def low_rank_delta(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"]) -> Delta:
-    """x ↦ B·(A·x), computed in the dtype of A and B whatever that of x is."""
+    """x ↦ B·(A·x), computed in the dtype of B whatever that of x is; an A in half precision is widened to it."""
     moved = B if isinstance(B, nn.Parameter) else B.to(A.device)
+    wide = A if A.dtype == B.dtype else A.to(B.dtype)
 
     def delta(x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), moved)
+        return nn.functional.linear(nn.functional.linear(x.to(wide.dtype), wide), moved)
 
     return delta
 

@@ -109,7 +109,7 @@ def _rows(family: AdapterFamily, name: str, row: ModulePlan, there: Float[Tensor
 
 def _orthonormal_rows(there: np.ndarray, seed: int, name: str, rank: int) -> np.ndarray:
     """`rank` rows: those that are there, then orthonormal ones at right angles to them."""
-    draws = randomness.normal(seed, f"{name} grown", (rank - len(there), there.shape[1]))
+    draws = randomness.normal(seed, f"{name} grown from {len(there)}", (rank - len(there), there.shape[1]))
     columns, triangle = np.linalg.qr(np.concatenate([there, draws]).T)
     grown = (columns * np.sign(np.diag(triangle))).T
     return np.concatenate([there, grown[len(there) :]]).astype(np.float32)

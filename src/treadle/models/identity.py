@@ -169,7 +169,7 @@ def _without_checkpoint(folder: Path) -> TreadleError:
 
 def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index).get("weight_map")
-    if not isinstance(content, dict) or not all(isinstance(shard, str) for shard in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(shard, str) for shard in content.values()):
         raise FormatError("no weight_map", where=index, remedy="download the model again")
     # The hub's own cache links its shards from elsewhere, so the name is checked and not where it leads.
     return {str(name): checked_name(str(shard), where=index) for name, shard in content.items()}

@@ -19,6 +19,7 @@ from treadle import files
 from treadle.configs.evaluate import ROUTER, UNROUTED, EvaluateRun, routed_arm
 from treadle.data.prompts import Example
 from treadle.data.tasks import Condition, Task, load_task
+from treadle.errors import UnsupportedError
 from treadle.evaluation.answers import Answering, batches, correct, encoded_prompts
 from treadle.evaluation.intervals import Interval, mean_over_tasks, wilson_interval
 from treadle.family.injection import inject
@@ -30,6 +31,7 @@ from treadle.routing.decision import BASE, Decision
 from treadle.routing.routed import Granularity, RoutedModel
 from treadle.routing.scorers import Scorer, scorer_of
 from treadle.routing.scorers.linear import LinearRouter, fit, linear
+from treadle.train.objectives import Kind, kind_of
 
 MEAN_OF_TASKS = "(mean)"
 """The name under which averages over tasks stand among the rows."""
@@ -173,25 +175,39 @@ def answers_of_bank(
     config: EvaluateRun,
     progress: Progress = silent,
 ) -> Answers:
-    """Every arm's answers, for a bank and a model that are already open."""
+    """Every arm's answers, for a bank and a model that are already open.
+
+    A task without training rows has no base with solved examples before the prompt.
+
+    Raises:
+        InputError: a task's data cannot be used.
+        UnsupportedError: the model is no causal language model, the only kind that answers prompts.
+    """
+    if kind_of(model) is not Kind.CAUSAL:
+        raise UnsupportedError(
+            f"{bank.family.base.name} answers no prompts", remedy="evaluate a bank over a causal language model"
+        )
     cells: list[tuple[Task, Condition]] = [(task, form) for task in tasks for form in config.conditions]
+    shown = [task for task in tasks if task.has_training_rows] if config.few_shot else []
+    if "few-shot" in config.conditions:
+        shown = []
+    forms: list[tuple[Task, Condition]] = [*cells, *((task, "few-shot") for task in shown)]
+    asked = {(task.name, form): asked_examples(task, form, config) for task, form in forms}  # fails now or never
     verdicts: dict[tuple[str, str], Mapping[str, list[bool]]] = {}
     chosen: dict[tuple[str, str], Mapping[str, list[int]]] = {}
     scorers = _scorers(bank, model, tokenizer, tasks, config, progress)
-    few_shot = config.few_shot and "few-shot" not in config.conditions
-    steps = len(cells) + len(tasks) * few_shot
+    steps = len(forms)
     for done, (task, condition) in enumerate(cells):
-        bench = _Bench(bank, model, tokenizer, task, asked_examples(task, condition, config), config, scorers)
+        bench = _Bench(bank, model, tokenizer, task, asked[task.name, condition], config, scorers)
 
         def told(arm: str, *, at: int = done, name: str = f"{task.name} ({condition})") -> None:
             progress(f"{name}: {arm}", at, steps)
 
         verdicts[task.name, condition], chosen[task.name, condition] = bench.verdicts(told)
-    if few_shot:
-        for done, task in enumerate(tasks):
-            progress(f"{task.name} (few-shot): base", len(cells) + done, steps)
-            bench = _Bench(bank, model, tokenizer, task, asked_examples(task, "few-shot", config), config, scorers)
-            verdicts[task.name, "few-shot"] = {"base": bench.plain()}
+    for done, task in enumerate(shown, len(cells)):
+        progress(f"{task.name} (few-shot): base", done, steps)
+        bench = _Bench(bank, model, tokenizer, task, asked[task.name, "few-shot"], config, scorers)
+        verdicts[task.name, "few-shot"] = {"base": bench.plain()}
     progress("evaluated", steps, steps)
     return Answers(verdicts, chosen)
 

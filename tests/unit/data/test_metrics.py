@@ -3,6 +3,7 @@
 import pytest
 
 from treadle.data.metrics import Choices, Code, ExactMatch, LabelLikelihood
+from treadle.data.tasks import load_task
 from treadle.errors import FormatError
 
 GSM8K = ExactMatch("exact-match", 256, first_line=False, extract=r"####\s*\$?(-?[\d,]*\.?\d+)", ignore=",")
@@ -28,6 +29,15 @@ def test_an_answer_is_extracted_from_its_working(text: str, answer: str) -> None
     assert GSM8K.normalise(text) == answer
 
 
+def test_what_a_base_writes_after_its_answer_does_not_count() -> None:
+    metric = load_task("gsm8k").metric
+    assert isinstance(metric, ExactMatch)
+    for after in ("\n\nProblem: another\nSolution: 1\n#### 1", "\nQuestion: another\n#### 1"):
+        assert metric.agrees(f" 9 * 2 = 18\n#### 18{after}", "18")
+    assert metric.agrees(" 9 * 2 = 18\n\n#### 18", "18")
+    assert metric.normalise("Question: is in the solution itself\n#### 18") == "18"
+
+
 def test_agreement_is_exact_and_an_empty_answer_is_never_right() -> None:
     metric = ExactMatch("exact-match", 8, ignore_case=True)
     assert metric.agrees(" YES\nno", metric.normalise("Yes"))
@@ -39,6 +49,8 @@ def test_metrics_refuse_what_cannot_be() -> None:
     for labels in ({"a": "x"}, {"a": "x", "b": "x"}):
         with pytest.raises(ValueError, match="two or more"):
             LabelLikelihood("label-likelihood", labels)
+    with pytest.raises(ValueError, match="'good enough' begins with 'good', so that it could never win"):
+        LabelLikelihood("label-likelihood", {"a": "good", "b": "bad", "c": "good enough"})
     with pytest.raises(ValueError, match="one group"):
         ExactMatch("exact-match", 8, extract=r"\d+")
     with pytest.raises(ValueError, match="not a regular expression"):

@@ -221,6 +221,7 @@ BROKEN = [
     ('bare = "{text}"', 'bare = "{text}?"', "two of prompt, variants, paraphrases and bare are the same"),
     ("Good or bad? {text}", "{text.__class__}", "stray brace"),
     (" {label}", " yes", "the completion names no field"),
+    (" {label}", " {text}", "the completion does not show 'label', so that all answers are one text"),
     ("train.jsonl", "", "names no file"),
     ('"train.jsonl"', '"a.csv"\nhold_out = { test = 0 }', "hold_out.test needs"),
     ('"train.jsonl"', '"a.csv"\ntest = "b.csv"\nhold_out = { test = 3 }', "hold_out.test needs"),

@@ -53,6 +53,17 @@ def test_a_saved_adapter_comes_back(tmp_path: Path) -> None:
     assert Adapter.load(tmp_path / "one", name="two").name == "two"
 
 
+def test_a_config_that_was_edited_is_no_members(tmp_path: Path) -> None:
+    adapter().save(tmp_path / "one")
+    path = tmp_path / "one" / "adapter_config.json"
+    config = json.loads(path.read_bytes())
+    config["lora_alpha"] *= 2
+    config["alpha_pattern"] = {name: 2 * alpha for name, alpha in config["alpha_pattern"].items()}
+    path.write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match="one: its adapter_config.json has other modules, ranks or alphas"):
+        Adapter.load(tmp_path / "one", family=family())
+
+
 def test_without_treadles_file_it_is_foreign_and_named_by_its_folder(tmp_path: Path) -> None:
     adapter().save(tmp_path / "one")
     (tmp_path / "one" / METADATA).unlink()

@@ -172,6 +172,12 @@ def test_the_delta_is_b_times_a_times_x() -> None:
     torch.testing.assert_close(low_rank_delta(A, B)(x), torch.einsum("or,ri,bti->bto", B, A, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_in_half_precision_act_in_float32(dtype: torch.dtype) -> None:
+    A, B, x = torch.randn(2, 8).to(dtype), torch.randn(4, 2), torch.randn(3, 8)
+    torch.testing.assert_close(low_rank_delta(A, B)(x), x @ A.float().T @ B.T)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_but_the_head_is_adaptable(name: str, request: pytest.FixtureRequest) -> None:
     shapes = linear_shapes(request.getfixturevalue(name))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from treadle import randomness
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily
@@ -87,6 +88,18 @@ def test_grown_rows_are_at_right_angles_where_rows_were(plans: SimpleNamespace) 
     for A in large.lora_A.values():
         # A is stored in float32, whose unit is 6e-8; a hundred of them for sums of 32 to 48 products.
         torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=0, atol=6e-6)
+
+
+def test_rows_that_are_grown_in_two_steps_are_drawn_twice(plans: SimpleNamespace) -> None:
+    """The second draws must not lie in the span of the first, where only rounding would be left of them."""
+    name, row = plans.names[1], plans.flat.modules[plans.names[1]]
+    family = family_of(RankPlan({name: row}), "orthonormal")
+    for rank in (8, 12):
+        before = family.lora_A[name]
+        family = resized_family(family, RankPlan({name: replace(row, rank=rank, lora_alpha=2.0 * rank)}))
+        draws = torch.from_numpy(randomness.normal(5, f"{name} grown from {len(before)}", (4, before.shape[1])))
+        rest = draws - draws @ before.double().T @ before.double()
+        assert float(torch.linalg.matrix_norm(rest)) > 0.5 * float(torch.linalg.matrix_norm(draws))
 
 
 @pytest.mark.parametrize("init", ["kaiming", "orthonormal"])

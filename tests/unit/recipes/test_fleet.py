@@ -3,18 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun, FleetSettings
-from treadle.errors import InputError, MismatchError
+from treadle.data.tasks import load_task
+from treadle.errors import InputError, MismatchError, UnsupportedError
 from treadle.evaluation.answers import Answering, correct
 from treadle.family.adapter import Adapter
 from treadle.family.injection import inject
-from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, evaluate, evaluate_bank
+from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, answers_of_bank, evaluate, evaluate_bank
 from treadle.recipes.fleet import Fleet, grow_fleet, training_examples
 from treadle.routing.bank_files import load_bank
 from treadle.routing.decision import BASE
@@ -245,3 +247,17 @@ def test_untrained_adapters_leave_prompts_to_the_base(config: FleetRun) -> None:
     )
     examples = fleet.tasks[0].examples("test", data_root=config.data, limit=4)
     assert choices(bank, fleet.model, fleet.tokenizer, examples) == [BASE] * 4
+
+
+def test_a_model_that_answers_no_prompts_is_not_evaluated(
+    tiny_bert: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, make: SimpleNamespace
+) -> None:
+    bank = make.bank(tiny_bert, tiny_tokenizer)
+    with pytest.raises(UnsupportedError, match="answers no prompts"):
+        answers_of_bank(bank, tiny_bert, tiny_tokenizer, [], EvaluateRun(bank=Path("bank"), tasks=("trec",)))
+
+
+def test_a_task_without_training_rows_has_no_solved_examples_to_show() -> None:
+    assert not load_task("humaneval").has_training_rows
+    assert load_task("gsm8k").has_training_rows
+    assert load_task("chain_sum").has_training_rows

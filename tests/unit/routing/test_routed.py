@@ -231,6 +231,8 @@ def test_no_output_depends_on_earlier_calls(
     ids, other = torch.tensor(PROMPTS[:1]), torch.tensor(PROMPTS[2:])
     model = route(base, bank, granularity)
     first = model(ids, **extra(base)).logits
+    with torch.inference_mode():  # sums in another order than where gradients are wanted: some CPUs round otherwise
+        inferred = model(ids, **extra(base)).logits
     model(other, permitted=[{"gamma"}], **extra(base))
     with model.trace(), torch.inference_mode():
         model(other, **extra(base))
@@ -238,7 +240,8 @@ def test_no_output_depends_on_earlier_calls(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(other, **extra(base))
     assert torch.equal(model(ids, **extra(base)).logits, first)
-    assert torch.equal(traced, first)
+    assert torch.equal(traced, inferred)
+    torch.testing.assert_close(inferred, first, rtol=0, atol=1e-5)  # logits of about 1, in float32
     model.unwrap()
     assert torch.equal(route(base, bank, granularity)(ids, **extra(base)).logits, first)
 

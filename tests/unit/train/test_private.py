@@ -166,7 +166,7 @@ def test_opacus_finds_the_same_gradients(
     examples = [Example(f"question w{30 + i} {'good' if i % 2 else 'bad'}", f" w{50 + i} no") for i in range(6)]
     rows, family = rows_of(model, tiny_tokenizer, examples), family_of(model)
     with started(model, family) as lora_B:
-        work = private._Work(model, lora_B, rows, replace(SETTINGS, micro_batch=6))
+        work = private.RowGradients(model, lora_B, rows, replace(SETTINGS, micro_batch=6))
         (ours,) = work.per_example(range(6))
         start = {name: B.detach().clone() for name, B in lora_B.items()}
     theirs = opacus_gradients(model, family, start, rows)

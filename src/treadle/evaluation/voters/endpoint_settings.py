@@ -1,6 +1,7 @@
 """What the TOML says of a voter behind an endpoint."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -11,6 +12,7 @@ from treadle.evaluation.voters.wording import ROLE_PLAY
 
 Parameter = str | int | float | bool
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = ("model", "messages", "response_format", "stream", "n")
 
 
@@ -66,6 +68,10 @@ class EndpointVoter:
             raise ValueError("url must begin with http:// or https:// and a host")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("url must hold no user, password, query or fragment; name a key's variable in api_key_env")
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "api_key_env is the name of a variable, in letters, digits and _, and never the key itself"
+            )
         ours = [key for key in _OURS if key in self.parameters]
         if ours:
             raise ValueError(f"parameters.{ours[0]} is not yours to set")

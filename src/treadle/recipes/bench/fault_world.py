@@ -7,6 +7,7 @@ of the silos is seeded by client, round, request and attempt, so that an answer 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,19 @@ Train = Callable[[AdapterFamily, Order, Factors], LocalResult]
 Delivered = Callable[[Sequence[Message]], Sequence[Message]]
 
 
+@dataclass(frozen=True)
+class _GuardedRow(Row):
+    """A row that tells when training looks at it."""
+
+    told: Callable[[], None] = lambda: None
+
+    @property
+    def tokens(self) -> int:
+        """What it costs, once that is told."""
+        self.told()
+        return len(self.prompt) + len(self.target)
+
+
 @dataclass
 class World:
     """The federation in one folder.
@@ -49,7 +63,7 @@ class World:
         federation: what is run.
         epsilon: of every silo; inf for seeded answers without a promise.
         wrapped: client → what stands before its training, to fail there.
-        before_rows: called after the debit, before a silo's rows are opened.
+        before_rows: called after the debit, before a silo's rows are read.
         delivered: what becomes of replies on their way.
         pinned: client → fingerprint of the only family that it works for.
         told: called after every round.
@@ -94,8 +108,8 @@ class World:
         terms = Terms(name, ledger, self.epsilon, 1e-3, ROWS)
 
         def opened(family: AdapterFamily, order: Order) -> OpenedSilo:
-            self.before_rows(name, order)
-            return OpenedSilo(self.model, rows_of(name))
+            told = partial(self.before_rows, name, order)
+            return OpenedSilo(self.model, [_GuardedRow(row.prompt, row.target, told=told) for row in rows_of(name)])
 
         train = local_training(terms, opened, lambda key: self._randomness(name, key))
         return Silo(name, self.root / name, self.wrapped.get(name, lambda inner: inner)(train), self.pinned.get(name))

@@ -310,6 +310,11 @@ class TestKeys:
         assert "käse" not in str(refused.value)
         assert chat_server.bodies == []
 
+    def test_a_key_in_the_place_of_its_variable_is_not_repeated(self, chat_server: SimpleNamespace) -> None:
+        with pytest.raises(ValueError, match="api_key_env is the name of a variable") as refused:
+            voter(chat_server, api_key_env="sk-very-secret")
+        assert "secret" not in str(refused.value)
+
     def test_proxies_and_credentials_of_the_environment_are_left_alone(
         self, chat_server: SimpleNamespace, poll: Polls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
