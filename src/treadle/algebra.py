@@ -32,6 +32,22 @@ def pair_products(z: Float[Tensor, "tokens rank"]) -> Float[Tensor, "tokens pair
     return z[:, rows] * z[:, columns]
 
 
+def trusted_product(left: Float[Tensor, "*batch rows inner"], right: Float[Tensor, "*batch inner columns"]) -> Tensor:
+    """left · right in float32 to float32's precision, which every bound here counts on.
+
+    By way of float64 where the user has let torch use less (TF32, bfloat16: `torch.set_float32_matmul_precision`).
+    """
+    return left @ right if full_precision() else (left.double() @ right.double()).float()
+
+
+def full_precision() -> bool:
+    """Whether torch multiplies float32 matrices as float32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch's way of saying that its newer settings, one a backend, have been used
+        return False
+
+
 def squared_norm_error(rank: int) -> float:
     """How far a float32 ⟨`pair_products(z)`, packed Gram⟩ can be from ‖B z‖², at most, as a share of ‖z‖²·‖B‖_F².
 

@@ -15,6 +15,7 @@ from treadle.algebra import (
     squared_norm_error,
     squared_norm_moments,
     top_right_singular_vector,
+    trusted_product,
     update_norms,
 )
 
@@ -137,3 +138,17 @@ def test_the_root_of_a_narrow_square() -> None:
         assert root_moments(1.0, variance) == pytest.approx((1.0, math.sqrt(variance) / 2), rel=1e-6)
     assert root_moments(4.0, 0.0) == (2.0, 0.0)
     assert root_moments(0.0, 0.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_a_product_is_in_float32_whatever_torch_is_allowed(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: allowed)
+    torch.manual_seed(0)
+    left, right = torch.randn(3, 5, 7), torch.randn(3, 7, 4)
+    exact = left.double() @ right.double()
+    found = trusted_product(left, right)
+    assert found.dtype == torch.float32
+    # seven products of numbers of about 1: seven roundings of 6e-8 and the last one
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=4e-6)
+    if allowed == "high":
+        assert torch.equal(found, exact.float())  # by way of float64, not by what torch may make of float32

@@ -326,6 +326,7 @@ def store_bank(bank: AdapterBank, folder: Path, calibration: Calibration) -> Non
 @contextlib.contextmanager
 def _alone(folder: Path, progress: Progress) -> Iterator[None]:
     """A block in which no other process of treadle changes the bank in `folder`."""
+    folder = folder.resolve()  # one bank, one lock, however its path is written
     lock = folder.parent / f".{folder.name}.lock"
     with files.locked(lock, lambda: progress("waiting for another process that changes this bank", 0, 0)):
         yield

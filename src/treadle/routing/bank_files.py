@@ -39,6 +39,9 @@ from treadle.routing.factors import Group, LayerFactors, assemble, grouped
 FORMAT = "treadle.bank/2"
 
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 class MappedTensors(Mapping[str, Tensor]):
     """The tensors of one safetensors file under `prefix`, each read from the file when it is asked for.
 
@@ -63,6 +66,22 @@ class MappedTensors(Mapping[str, Tensor]):
             raise FormatError(
                 f"damaged safetensors file ({error})", where=self.path, remedy="restore or rebuild the bank"
             ) from error
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Return if the tensors are of these shapes and of floating point, as the file's header says.
+
+        Raises:
+            FormatError: one is not: it would be stretched to fit where it acts.
+        """
+        with self._opened() as file:
+            for name, shape in shapes.items():
+                found = file.get_slice(self._prefix + name)
+                if tuple(found.get_shape()) != shape or found.get_dtype() not in _FLOATS:
+                    raise FormatError(
+                        f"{name!r} is {found.get_dtype()} of {tuple(found.get_shape())}, not floats of {shape}",
+                        where=self.path,
+                        remedy="restore or rebuild the bank",
+                    )
 
     def __getitem__(self, name: str) -> Tensor:
         with self._opened() as file:
@@ -285,6 +304,9 @@ def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]
         plan, lora_A = family.plan, family.lora_A
     if set(lora_B) != set(plan.modules) or set(lora_A) != set(plan.modules):
         raise FormatError("its modules are not those of its plan", where=path, remedy="restore or rebuild the bank")
+    if row["family"] not in (None, family.fingerprint):
+        raise FormatError(f"{name!r} is of another family", where=folder / METADATA, remedy="rebuild the bank")
+    lora_B.check({module: (layer.out_features, layer.rank) for module, layer in plan.modules.items()})
     return Adapter(
         name,
         plan,

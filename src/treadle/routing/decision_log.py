@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from treadle import files
-from treadle.errors import InputError
+from treadle.errors import InputError, UnsupportedError
 from treadle.routing.access import Permitted
 from treadle.routing.policy import Request
 from treadle.routing.routed import RoutedModel
@@ -100,11 +100,16 @@ def logged(
     """
     if permitted is not None and len(permitted) != len(requests):
         raise InputError(f"{len(permitted)} permitted sets for {len(requests)} requests", remedy="give one a row")
+    if model.composition.mixes:
+        raise UnsupportedError(
+            "several adapters act at once, and a log cannot say which did what", remedy="log a scorer with top_k = 1"
+        )
     with model.trace() as trace:
         yield trace
     for row, request in enumerate(requests):
         allowed = None if permitted is None else permitted[row]
-        append_decision(context.file, entry_of(model, context, request, allowed, trace, row=row))
+        entry = entry_of(model, context, request, allowed, trace, row=row, rows=len(requests))
+        append_decision(context.file, entry)
 
 
 def entry_of(
@@ -115,6 +120,7 @@ def entry_of(
     trace: Trace,
     *,
     row: int = 0,
+    rows: int = 1,
 ) -> DecisionEntry:
     """The log entry of one row of a traced batch.
 
@@ -125,10 +131,11 @@ def entry_of(
         permitted: the row's permitted set, None for all.
         trace: of the batch.
         row: of the batch.
+        rows: of the batch, as the caller gave it; a row's beams are its own.
     """
     count = len(model.bank.names)
     allowed = count if permitted is None else len(frozenset(permitted))
-    winners = [name for names in trace.winners(row).values() for name in names]
+    winners = [name for names in trace.winners(row, rows=rows).values() for name in names]
     choice = trace.choices[-1] if trace.choices and not winners else None
     return DecisionEntry(
         None if request is None else request.caller,
@@ -141,7 +148,7 @@ def entry_of(
         None if choice is None else trace.name(int(choice.runner_up[row])),
         None if choice is None else float(choice.margin[row]),
         None if choice is None or choice.chance is None else float(choice.chance[row]),
-        {name or "base": share for name, share in trace.shares(row).items()},
+        {name or "base": share for name, share in trace.shares(row, rows=rows).items()},
         len(winners) if choice is None else 1,
         allowed,
         count - allowed,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from treadle.algebra import packed_gram, pair_products, squared_norm_error
+from treadle.algebra import packed_gram, pair_products, squared_norm_error, trusted_product
 from treadle.family.adapter import Adapter
 from treadle.family.plan import LayerShape
 
@@ -155,22 +155,13 @@ def scaled_norms(
         z = latent(group, x)
         length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
         products = pair_products((z / torch.where(length > 0, length, 1.0)).float())
-        squares = _product(products, group.grams)
+        squares = trusted_product(products, group.grams.T).double()
         scale = length * (group.norms / units[group.columns])
         slack = squared_norm_error(z.shape[1])
         value[:, group.columns] = squares.clamp_min(0.0).sqrt() * scale
         lower[:, group.columns] = (squares - slack).clamp_min(0.0).sqrt() * scale
         upper[:, group.columns] = (squares + slack).clamp_min(0.0).sqrt() * scale
     return value, lower, upper
-
-
-def _product(left: Float[Tensor, "rows pairs"], right: Float[Tensor, "members pairs"]) -> Float[Tensor, "rows members"]:
-    """left · rightᵀ to float32 precision, in float64; wholly in float64 where the user let torch use less."""
-    try:
-        trusted = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # torch's way of saying that its newer settings, one a backend, have been used
-        trusted = False
-    return (left @ right.T).double() if trusted else left.double() @ right.double().T
 
 
 def triangles(factors: LayerFactors, group: Group, places: Sequence[int]) -> dict[int, Float[Tensor, "small rank"]]:

@@ -13,6 +13,7 @@ from treadle.routing.factors import LayerFactors
 from treadle.routing.latents import Latents
 from treadle.routing.mixture import act, act_alone, mixture
 from treadle.routing.pool import MatrixPool
+from treadle.routing.rows import Layout
 from treadle.routing.scorers import Scorer
 from treadle.routing.scores import NormScore
 from treadle.routing.table import (
@@ -58,6 +59,9 @@ class Choice:
 class RoutedLayer(nn.Module):
     """One layer's factors and the lora_B it has used; moves between devices, never between dtypes."""
 
+    layout: Layout | None
+    """How the rows of a batch lie in what the layer sees; None where nobody can say."""
+
     def __init__(self, factors: LayerFactors, scorer: Scorer, *, slots: int) -> None:
         super().__init__()
         self.scorer = scorer
@@ -70,6 +74,7 @@ class RoutedLayer(nn.Module):
             slots=slots,
             device=factors.present.device,
         )
+        self.layout: Layout | None = None
         self._lay_out()
 
     def _lay_out(self) -> None:

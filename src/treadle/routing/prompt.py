@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from treadle.algebra import FP32_UNIT
+from treadle.algebra import FP32_UNIT, trusted_product
 from treadle.routing.calibration.prompts import PromptStatistics
 from treadle.routing.decision import contenders, settled
 from treadle.routing.layer import RoutedLayer
@@ -66,7 +66,7 @@ class PromptTotals:
         """
         rows, tokens = self.counted.shape
         if rows > 1:
-            check_rows(x, rows, (rows, tokens), layer.factors.module)
+            check_rows(x, rows, (rows, tokens), layer.factors.module, layer.layout)
         flat = x.reshape(-1, x.shape[-1])
         seen = flat.shape[0] // rows
         mask = (self.counted if seen == tokens else torch.ones(rows, seen, dtype=torch.bool)).to(x.device)
@@ -141,7 +141,7 @@ def _bounds(layer: RoutedLayer, table: ScoreTable, flat: Tensor, mask: Tensor) -
         weight = (length.reshape(rows, 1, seen) * mask[:, None]).float()
         for sums, slack in ((low, -group.slack), (high, group.slack)):
             roots = (square + slack).clamp_min_(0.0).sqrt_()
-            sums.append(torch.bmm(weight, roots.reshape(rows, seen, -1)).squeeze(1))
+            sums.append(trusted_product(weight, roots.reshape(rows, seen, -1)).squeeze(1))
     number = mask.sum(1, keepdim=True)
     scale, centre = table.scale.double(), -table.offset.double()
     lower, upper = (spread_out(table, sums).double() * scale for sums in (low, high))

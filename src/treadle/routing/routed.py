@@ -28,7 +28,7 @@ from treadle.routing.mixture import mixture
 from treadle.routing.passes import Acting, Current, Enough, Note, Reading, told
 from treadle.routing.prompt import PromptTotals, prompt_scores
 from treadle.routing.prompt_batch import PromptBatch
-from treadle.routing.rows import alike, check_rows, left_padded, prompt_modules, real_tokens, spread
+from treadle.routing.rows import alike, check_rows, layouts, left_padded, prompt_modules, real_tokens, spread
 from treadle.routing.running import EvidencePass, RunningSums, counted_tokens, sums_of
 from treadle.routing.scorers import Scorer, scorer_of
 from treadle.routing.trace import Trace
@@ -89,6 +89,8 @@ class RoutedModel(nn.Module):
             )
         if granularity == "evidence" and (model.config.is_encoder_decoder or not model.can_generate()):
             raise InputError("`evidence` needs a causal decoder", remedy="use granularity 'sequence'")
+        if granularity == "layer" and model.config.is_encoder_decoder:  # a block of theirs reads two texts
+            raise InputError("`layer` needs blocks that read one text", remedy="use granularity 'sequence'")
         if (top_k is not None and top_k < 0) or temperature <= 0:
             raise InputError("top_k must be 0 or more and temperature above 0", remedy="leave them out")
         if not 0.0 <= abstain <= 1.0:
@@ -112,6 +114,9 @@ class RoutedModel(nn.Module):
         ]
         self._children = nn.ModuleList(layers)  # as children, they follow the model to another device
         self.layers: Mapping[str, RoutedLayer] = MappingProxyType({layer.factors.module: layer for layer in layers})
+        told = layouts(model, targets)
+        for layer in layers:
+            layer.layout = told.get(layer.factors.module)
         self._of_prompt = prompt_modules(model, targets)
         self.choosing = prompt_layers(model, bank.layers)
         self.prompts = bank.statistics.prompts if bank.statistics and self.scorer.weighs_layers else None
@@ -360,6 +365,7 @@ class RoutedModel(nn.Module):
         self, ids: Tensor, attention: Tensor | None, permitted: Tensor | None, chosen: Decision | None
     ) -> Acting:
         real = torch.ones_like(ids) if attention is None else attention[:, -ids.shape[1] :]
+        given = chosen is not None
         if self.granularity == "sequence" and chosen is None:
             chosen = self._choose(ids, attention, permitted)
         if chosen is None:
@@ -370,6 +376,8 @@ class RoutedModel(nn.Module):
         acting = chosen.mixture.to(ids.device)
         if permitted is not None:  # a choice made under other rights does not outlive them
             acting = acting.narrowed(permitted)
+        if given and self._trace is not None:
+            self._trace.choose(replace(chosen, winner=acting.adapter[:, 0]))
         uniform = alike(acting.adapter) and (acting.weight is None or alike(acting.weight))
         alone = int(acting.adapter[0, 0]) if uniform and acting.weight is None and acting.adapter.shape[0] > 0 else None
         return Acting(permitted, acting, real.bool(), uniform, alone)
@@ -451,7 +459,7 @@ class RoutedModel(nn.Module):
         """Who acts on each token of this layer, and how much."""
         module, flat = layer.factors.module, x.reshape(-1, x.shape[-1])
         if not task.uniform:
-            check_rows(x, task.real.shape[0], current.batch, module)
+            check_rows(x, task.real.shape[0], current.batch, module, layer.layout)
         if task.chosen is not None:
             return layer.acting(flat, task.chosen.spread(flat.shape[0]))
         block = block_of(module)

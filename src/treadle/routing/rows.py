@@ -1,12 +1,18 @@
 """Whose token is whose: the rows of a caller's batch in what a layer sees, beams and flattened tokens included."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treadle.errors import UnsupportedError
+
+Layout = Literal["rows", "row", "tokens"]
+"""What a layer sees: (rows, tokens, inner), one vector a row, or the tokens of all rows one after another."""
+
+_ROWS, _TOKENS, _WRITTEN = 7, 5, 3  # primes, so that no other axis of a model is taken for rows
 
 
 def prompt_modules(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> frozenset[str]:
@@ -22,14 +28,72 @@ def alike(values: Tensor) -> bool:
     return bool((values == values[:1]).all())
 
 
-def check_rows(x: Tensor, rows: int, batch: tuple[int, int], module: str) -> None:
+def layouts(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> dict[str, Layout]:
+    """How the rows of a batch lie in what each layer sees, found by letting the base read some rows once.
+
+    Left out is every layer of which that cannot be said: it does not run, its rows are not on the first axis (some
+    encoders compute time first), or it is an expert, which sees some tokens of some rows in whatever order.
+
+    Args:
+        model: read on a few made-up tokens, without gradients.
+        targets: name → layer.
+    """
+    seen: dict[str, set[Layout | None]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
+            x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+            seen.setdefault(name, set()).add(None if x is None else _layout(x))
+
+        return note
+
+    watches = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in targets.items()]
+    size = model.config.get_text_config().vocab_size
+    ids = (torch.arange(_ROWS * _TOKENS, device=model.device) * 7 % size).reshape(_ROWS, _TOKENS)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids[:, :_WRITTEN]
+    try:
+        with torch.no_grad():
+            model(**given)
+    except Exception:  # a base that needs more than tokens proves nothing, and is trusted with nothing
+        return {}
+    finally:
+        for watch_ in watches:
+            watch_.remove()
+    found: dict[str, Layout] = {}
+    for name, kinds in seen.items():
+        kind, *others = kinds
+        if kind is not None and not others and "expert" not in name.lower():
+            found[name] = kind
+    return found
+
+
+def _layout(x: Tensor) -> Layout | None:
+    if x.dim() > 2:
+        return "rows" if x.shape[0] == _ROWS else None
+    if x.shape[0] == _ROWS:
+        return "row"
+    return "tokens" if x.shape[0] in (_ROWS * _TOKENS, _ROWS * _WRITTEN) else None
+
+
+def check_rows(x: Tensor, rows: int, batch: tuple[int, int], module: str, layout: Layout | None) -> None:
     """Return if the rows of x are surely those of the caller, in order: another's rights must not be taken for them.
 
-    A layer that sees (rows, tokens, inner) is trusted; one that sees (vectors, inner) only if these are all tokens of
-    the batch, or one a row: an expert that sees some tokens of some rows is not.
+    Args:
+        x: what the layer sees.
+        rows: of the caller.
+        batch: (rows, tokens) that the base reads, beams included.
+        module: the layer's name.
+        layout: of the layer; None where `layouts` could not tell.
+
+    Raises:
+        UnsupportedError: they are not, or it cannot be said.
     """
-    known = x.shape[0] in (batch[0], batch[0] * batch[1]) if x.dim() == 2 else True
-    if not known or x.shape[0] % rows != 0:
+    count = x.shape[0]
+    flat = x.dim() == 2
+    known = {"rows": not flat, "row": flat and count == batch[0], "tokens": flat and count == batch[0] * batch[1]}
+    if layout is None or not known[layout] or count % rows != 0:
         raise UnsupportedError(
             "its inputs cannot be told apart by row", where=module, remedy="give one row, or leave it out of the plan"
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from treadle.errors import TreadleError
+from treadle.errors import FormatError, TreadleError
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_present
 from treadle.routing.bank_versions import METADATA, bank_digest
@@ -99,6 +99,10 @@ class LiveBank:
             self.failure = None
         except TreadleError as error:
             self.failure = error
+        except Exception as error:  # whatever is wrong with it, the one before goes on serving
+            self.failure = FormatError(
+                f"{type(error).__name__}: {error}", where=self._folder, remedy="restore the bank"
+            )
         self._seen = signature
 
     def _opened(self) -> _Serving:

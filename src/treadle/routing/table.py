@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from treadle.algebra import FP32_UNIT, pair_products, squared_norm_error
+from treadle.algebra import FP32_UNIT, full_precision, pair_products, squared_norm_error, trusted_product
 from treadle.routing.decision import BASE, TIE, Decision, ranked
 from treadle.routing.factors import Group, LayerFactors, exact_norms
 from treadle.routing.scores import NormScore
@@ -164,7 +164,7 @@ def squares(
 ) -> tuple[Float[Tensor, "tokens members"], Float[Tensor, "tokens 1"]]:
     """‖B z‖² / (‖B‖_F² ‖z‖²) of every adapter of the group in float32, off by `slack` at most, and ‖z‖ in float64."""
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return _products(group, z, length) @ group.grams.T, length
+    return trusted_product(_products(group, z, length), group.grams.T), length
 
 
 def _products(group: TableGroup, z: Tensor, length: Tensor) -> Tensor:
@@ -253,7 +253,12 @@ def _roots(group: TableGroup, z: Tensor, length: Tensor) -> Tensor:
     """√(‖B z‖² + e‖z‖²) / ‖B‖_F of every adapter of the group, in float32: never below ‖B z‖ / ‖B‖_F."""
     square = length.square().float()
     products = _products(group, z, length) * square
-    return torch.addmm(square * (1.001 * group.slack), products, group.grams.T).clamp_min_(0.0).sqrt_()
+    shift = square * (1.001 * group.slack)
+    if full_precision():
+        total = torch.addmm(shift, products, group.grams.T)
+    else:
+        total = shift + trusted_product(products, group.grams.T)
+    return total.clamp_min_(0.0).sqrt_()
 
 
 def _bar(table: ScoreTable, first: Tensor, winner: Tensor, length: Tensor, permitted: Tensor | None) -> Tensor:

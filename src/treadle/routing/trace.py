@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from treadle.errors import InputError
 from treadle.routing.decision import BASE, Decision
 
 
@@ -24,6 +25,21 @@ class LayerTrace:
     runner_up: Tensor
     margin: Tensor
     real: Tensor
+
+
+def _places(part: LayerTrace, row: int, rows: int | None) -> range:
+    """Where the caller's row is among those that the layer saw: its beams follow one another."""
+    seen = part.winner.shape[0]
+    if rows is None:
+        return range(row, row + 1)
+    if seen % rows != 0:
+        raise InputError(f"a layer saw {seen} rows, the caller gave {rows}", remedy="trace one batch a block")
+    each = seen // rows
+    return range(row * each, (row + 1) * each)
+
+
+def _real(part: LayerTrace, place: int) -> Tensor:
+    return part.winner[place][part.real[place]]
 
 
 @dataclass
@@ -78,16 +94,26 @@ class Trace:
         """The adapter's name, None for the base."""
         return None if place == BASE else self.names[place]
 
-    def winners(self, row: int) -> dict[str, list[str | None]]:
-        """Module → who acted on each real token of this row, in order of time."""
+    def winners(self, row: int, *, rows: int | None = None) -> dict[str, list[str | None]]:
+        """Module → who acted on each real token of this row, in order of time.
+
+        Args:
+            row: beams are rows of their own, unless the number of rows is given.
+            rows: how many the caller gave; the beams of a row, and its other sequences, then count as that row.
+
+        Raises:
+            InputError: what was recorded is of another number of rows.
+        """
         return {
-            module: [self.name(int(i)) for part in parts for i in part.winner[row][part.real[row]]]
+            module: [
+                self.name(int(i)) for part in parts for place in _places(part, row, rows) for i in _real(part, place)
+            ]
             for module, parts in self.layers.items()
         }
 
-    def shares(self, row: int) -> dict[str | None, float]:
+    def shares(self, row: int, *, rows: int | None = None) -> dict[str | None, float]:
         """The share of (token, layer) decisions that each adapter won in this row; None is the base."""
-        counts = Counter(name for names in self.winners(row).values() for name in names)
+        counts = Counter(name for names in self.winners(row, rows=rows).values() for name in names)
         total = counts.total()
         if total == 0 and self.choices:
             return {self.name(int(self.choices[-1].winner[row])): 1.0}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle import files
@@ -48,6 +49,18 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 def adapter_file(folder: Path, name: str) -> Path:
     return next((folder / "adapters").glob(f"{name}-*.safetensors"))
+
+
+@pytest.mark.parametrize("change", ["one row", "one column", "whole numbers"])
+def test_a_matrix_that_would_be_stretched_to_fit_is_refused(folder: Path, change: str) -> None:
+    path = adapter_file(folder, "alpha")
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.startswith("lora_B/"))
+    B = tensors[name]
+    tensors[name] = {"one row": B[:1], "one column": B[:, :1], "whole numbers": B.to(torch.int8)}[change].contiguous()
+    save_file(tensors, path)
+    with pytest.raises(FormatError, match=r"not floats of \("):
+        load_bank(folder)
 
 
 @pytest.mark.parametrize("scorer", ["seqr", "norm", "arrow"])

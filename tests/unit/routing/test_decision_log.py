@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from treadle.errors import InputError
+from treadle.errors import InputError, UnsupportedError
 from treadle.routing.decision_log import DecisionEntry, LogContext, append_decision, logged
 from treadle.routing.policy import Request
 from treadle.routing.routed import RoutedModel
@@ -69,6 +69,40 @@ def test_an_open_bank_excludes_nobody(
     with pytest.raises(ValueError, match="broken"), logged(model, context, REQUESTS, None):
         raise ValueError("broken")
     assert len(lines(context.file)) == 2  # what failed decided nothing
+
+
+def test_beams_are_logged_with_the_row_that_they_are_of(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), granularity="token")
+    context, allowed = LogContext(tmp_path / "decisions.jsonl"), [{"alpha"}, {"beta"}]
+    with logged(model, context, REQUESTS, allowed):
+        model.generate(IDS, permitted=allowed, num_beams=2, max_new_tokens=3, do_sample=False)
+    first, second = lines(context.file)
+    assert set(first["shares"]) <= {"alpha", "base"}
+    assert set(second["shares"]) <= {"beta", "base"}
+    assert first["decisions"] == second["decisions"] > 5 * len(model.bank.layers)
+
+
+def test_a_choice_that_is_handed_over_is_logged_as_it_acts(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer))
+    context, chosen = LogContext(tmp_path / "decisions.jsonl"), model.chosen(["alpha", "alpha"])
+    with logged(model, context, REQUESTS, ALLOWED):
+        model(IDS, permitted=ALLOWED, chosen=chosen)
+    assert [line["choice"] for line in lines(context.file)] == ["alpha", None]  # the second may use none
+    assert [line["shares"] for line in lines(context.file)] == [{"alpha": 1.0}, {"base": 1.0}]
+
+
+def test_where_several_act_at_once_nothing_is_logged_rather_than_something_wrong(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = RoutedModel(tiny_llama, make.bank(tiny_llama, tiny_tokenizer), granularity="token", top_k=2)
+    context = LogContext(tmp_path / "decisions.jsonl")
+    with pytest.raises(UnsupportedError, match="several adapters act at once"), logged(model, context, REQUESTS, None):
+        pass
+    assert not context.file.exists()
 
 
 def test_the_time_is_utc_and_the_file_is_the_operators(tmp_path: Path) -> None:

@@ -417,6 +417,13 @@ def test_a_layer_whose_rows_cannot_be_told_apart_is_refused(
     model(ids)
 
 
+def test_layer_is_not_for_blocks_that_read_two_texts(
+    tiny_t5: T5ForConditionalGeneration, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(InputError, match="`layer` needs blocks that read one text"):
+        route(tiny_t5, make.bank(tiny_t5, tiny_tokenizer), "layer")
+
+
 def test_a_choice_of_another_batch_is_refused(
     tiny_llama: LlamaForCausalLM, make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -1,5 +1,6 @@
 """A bank that changes while it serves: every answer is that of one version, whole."""
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,13 @@ def test_a_version_that_cannot_be_opened_is_left_aside(folder: Path, tiny_llama:
     (folder / "bank.json").write_text("{}")
     with live.request() as served:
         assert "beta" in served.model.bank.names
+    assert isinstance(live.failure, FormatError)
+    content = json.loads(good)
+    content["adapters"] = [None]  # what no reader of it foresees
+    (folder / "bank.json").write_text(json.dumps(content))
+    for _ in range(2):
+        with live.request() as served:
+            assert "beta" in served.model.bank.names
     assert isinstance(live.failure, FormatError)
     (folder / "bank.json").unlink()
     with live.request():
