@@ -97,7 +97,8 @@ def acting(model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[
                 _fill(A, factors.lora_A[name][chosen[name]])
                 _fill(B, factors.lora_B[name][:, chosen[name]])
                 if not factors.moves_A:
-                    _freeze_A(wrapped, name)
+                    A.requires_grad_(False)
+                    _keep_frozen(wrapped, name)
             sides = [{name: part[side] for name, part in parts.items()} for side in (0, 1)]
             yield Acting(wrapped, sides[0], sides[1], factors, chosen)
         finally:
@@ -113,11 +114,10 @@ def _parts(model: PeftModel, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.get_parameter(f"lora_A.{ADAPTER}.weight"), layer.get_parameter(f"lora_B.{ADAPTER}.weight")
 
 
-def _freeze_A(model: PeftModel, name: str) -> None:
-    """Let A ask for no gradient, also after PEFT has switched adapters, as TRL does for the reference of a KL term."""
+def _keep_frozen(model: PeftModel, name: str) -> None:
+    """Let A stay frozen when PEFT switches adapters, as TRL makes it do for the reference of a KL term."""
     layer = cast("LoraLayer", model.get_submodule(f"base_model.model.{name}"))
     layer.frozen_peft_weight_names = {ADAPTER: ("lora_A",)}
-    _parts(model, name)[0].requires_grad_(False)
 
 
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:
