@@ -1,15 +1,17 @@
 """The study of LoRA-PAR's claims: its world, its trials, and how verdicts are reached."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from treadle.configs.bench.partition import ParClaimsRun
 from treadle.configs.toml import load_toml
+from treadle.errors import MismatchError
 from treadle.recipes.bench.par_claims import CLAIMS, par_claims, summary, world_of
 from treadle.recipes.bench.par_trials import Trial, best_factor, paired
-from treadle.recipes.bench.par_world import RECALL, SUMS, facts_of, sums_of, tokenizer_of
+from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, base_of, facts_of, sums_of, tokenizer_of
 from treadle.recipes.bench.result import finished_runs
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -64,6 +66,29 @@ def test_random_labels_mix_both_kinds_and_keep_what_is_asked(config: ParClaimsRu
         # half of 600, with a standard deviation of 12
         assert 240 < facts < 360
         assert len(dealt[name].examples) == config.sums
+
+
+def test_a_base_ends_where_it_does_its_share_of_the_sums(tmp_path: Path) -> None:
+    size = WorldSize(width=16, layers=1, base_facts=2, base_steps=30)
+    steps: list[int] = []
+    base_of(replace(size, base_sums=1.0), tmp_path / "all", seed=0, progress=lambda _, step, __: steps.append(step))
+    assert steps[-1] == 30  # so small a model never learns to add
+    steps.clear()
+    base_of(replace(size, base_sums=0.0), tmp_path / "none", seed=0, progress=lambda _, step, __: steps.append(step))
+    assert steps == []  # what is asked of it is had before the first step
+
+
+def test_runs_of_a_seed_have_one_base(config: ParClaimsRun, smallest_world, tmp_path: Path) -> None:
+    small = smallest_world(config, ("full",), 1)
+    runs = tmp_path / "runs.jsonl"
+    par_claims(small, runs=runs, work=tmp_path / "here")
+    recorded = list(finished_runs(runs))
+    assert {run["seed"]: run["base"] for run in recorded}.keys() == {100, 0}
+    assert recorded[0]["base"] != recorded[1]["base"]  # worlds have bases of their own
+    elsewhere = small.model_copy(update={"base_steps": 3, "factors": (1.0, 2.0)})  # as another machine would train it
+    with pytest.raises(MismatchError, match=r"seed 100 began on base .* delete that seed's lines"):
+        par_claims(elsewhere, runs=runs, work=tmp_path / "there")
+    assert list(finished_runs(runs)) == recorded
 
 
 def test_the_rate_is_the_one_with_the_best_mean(config: ParClaimsRun) -> None:

@@ -86,7 +86,8 @@ class ParWorldRun(ParTrials):
     Attributes:
         width: of the small Llama.
         layers: of it.
-        base_steps: of its training.
+        base_sums: share of the longest sums at which its training ends.
+        base_steps: of it, at most.
         base_facts: that it knows already.
         facts: to be learnt.
         terms: of the sums.
@@ -96,6 +97,7 @@ class ParWorldRun(ParTrials):
 
     width: int = Field(ge=8)
     layers: int = Field(ge=1)
+    base_sums: float = Field(gt=0, le=1)
     base_steps: int = Field(ge=1)
     base_facts: int = Field(ge=1)
     facts: int = Field(ge=1)

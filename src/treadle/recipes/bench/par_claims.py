@@ -1,6 +1,7 @@
 """`par-claims`: what of LoRA-PAR holds in a small world whose two systems are known exactly.
 
-All arms share base, family (A drawn a world), warm-up, data and steps, and differ in what they train in which order.
+In a world all arms share base, family, warm-up, data and steps, and differ in what they train in which order. Worlds
+differ in all of these but the steps.
 
 Reference: arXiv 2507.20999 §4 (the claims); it has neither the plain small LoRA nor intervals.
 """
@@ -25,8 +26,8 @@ from treadle.train.stages.training import System
 NAME = "par-claims"
 Config = TypeVar("Config", bound=ParWorldRun)
 FULL, DENSE = "full", "dense"
-BASE_SEED = 0
 _MEASURES = ("accuracy", "recall", "sums", "recall_first", "sums_first")
+_ORDER = ("sft-recall", "grpo-sums")  # of "ours"
 _NEAR = 0.02  # two points, within which "ours" may lie below full LoRA
 
 
@@ -72,7 +73,7 @@ def par_claims(config: ParClaimsRun, *, runs: Path, work: Path, progress: Progre
     Args:
         config: world, stages, arms, grid, seeds.
         runs: the JSON Lines file of finished trials.
-        work: where the base is kept.
+        work: where the bases are kept.
         progress: told of every trial.
     """
     run_trials(config, world_of(config, work, progress), runs, progress)
@@ -111,13 +112,17 @@ def size_of(config: ParWorldRun) -> WorldSize:
         base_facts=config.base_facts,
         facts=config.facts,
         terms=config.terms,
+        base_sums=config.base_sums,
         base_steps=config.base_steps,
     )
 
 
 def world_of(config: ParWorldRun, work: Path, progress: Progress = silent) -> World:
-    """The small world, its base trained in `work` if it is not there yet."""
-    base = base_of(size_of(config), work / f"base-{config.base_steps}", seed=BASE_SEED, progress=progress)
+    """The small world: a base a seed, trained in `work` if it is not there yet."""
+
+    def base(seed: int) -> Path:
+        return base_of(size_of(config), work / f"base-{config.base_steps}-{seed}", seed=seed, progress=progress)
+
     parts = {"sft-recall": (RECALL, config.sft), "grpo-sums": (SUMS, config.grpo), "sft-sums": (SUMS, config.long_sft)}
     return World(base, lambda trial: _systems(config, trial), parts)
 
@@ -151,7 +156,8 @@ def summary(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> Bench
     """A row an arm with its means, a row a claim with its interval and verdict, and what ours is worth."""
     tested = reported(runs)
     rows: list[dict[str, object]] = [arm_row(arm, tested, _MEASURES) for arm in config.arms]
-    rows += [_claim_row(claim, tested) for claim in CLAIMS]
+    names = {arm.name for arm in config.arms}
+    rows += [_claim_row(claim, tested) for claim in CLAIMS if {claim.arm, claim.other} <= names]
     ours, metrics = _ours(config, runs), dict[str, Metric]()
     for other, bound in ((FULL, -_NEAR), (DENSE, 0.0)):
         differences = paired(tested, ours, other, "accuracy") if ours else []
@@ -172,7 +178,7 @@ def _ours(config: ParClaimsRun, runs: Sequence[Mapping[str, object]]) -> str:
 
     def allowed(arm: ParArm) -> bool:
         active = [cast("list[float]", run["active"]) for run in searched if run["arm"] == arm.name]
-        plain = arm.granularity != "none" and arm.control is None and arm.labels == "true" and len(arm.parts) == 2
+        plain = arm.granularity != "none" and arm.control is None and arm.labels == "true" and arm.parts == _ORDER
         return plain and bool(active) and max(map(max, active)) <= config.most_active
 
     candidates = [arm for arm in config.arms if allowed(arm)]

@@ -25,9 +25,9 @@ from treadle.evaluation.intervals import mean_interval
 from treadle.family.adapter import Provenance
 from treadle.family.injection import inject
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.par_claims import BASE_SEED, barely_trained, size_of, world_of
-from treadle.recipes.bench.par_trials import Trained, arm_row, reported, run_trials
-from treadle.recipes.bench.par_world import RECALL, SUMS, public_text
+from treadle.recipes.bench.par_claims import barely_trained, size_of, world_of
+from treadle.recipes.bench.par_trials import Trained, Trial, arm_row, reported, run_trials
+from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, public_text
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
 from treadle.recipes.evaluate import choices
 from treadle.recipes.stages import mind_of
@@ -60,11 +60,10 @@ def par_minds(config: ParMindsRun, *, runs: Path, work: Path, progress: Progress
     Args:
         config: world, stages, arms, grid, seeds.
         runs: the JSON Lines file of finished trials.
-        work: where the base is kept; `par-claims` leaves the same one.
+        work: where the bases are kept.
         progress: told of every trial.
     """
-    passages = public_text(size_of(config), seed=BASE_SEED)
-    world = replace(world_of(config, work, progress), also=partial(measured, passages=passages))
+    world = replace(world_of(config, work, progress), also=partial(measured, size_of(config)))
     run_trials(config, world, runs, progress)
     return summary(config, list(finished_runs(runs)))
 
@@ -76,7 +75,7 @@ def quick_par_minds(config: ParMindsRun, *, work: Path, progress: Progress = sil
     return par_minds(small, runs=runs, work=work / "quick", progress=progress).undecided()
 
 
-def measured(trained: Trained, passages: Sequence[str]) -> dict[str, object]:
+def measured(size: WorldSize, trial: Trial, trained: Trained) -> dict[str, object]:
     """What every way answers rightly, by system and in the mean, and where each calibration sends the prompts."""
     model, tokenizer, systems = trained.model, trained.tokenizer, trained.systems
     regions = trained.made.regions
@@ -88,7 +87,10 @@ def measured(trained: Trained, passages: Sequence[str]) -> dict[str, object]:
         for name in systems
     ]
     texts = {name: [one.prompt + one.completion for one in system.examples] for name, system in systems.items()}
-    kinds: Mapping[str, Calibration] = {"public": PublicCalibration(passages), "own": OwnCalibration(texts)}
+    kinds: Mapping[str, Calibration] = {
+        "public": PublicCalibration(public_text(size, seed=trial.seed)),
+        "own": OwnCalibration(texts),
+    }
     banks = {
         kind: AdapterBank.build(trained.family, minds, calibration=calibration, model=model, tokenizer=tokenizer)
         for kind, calibration in kinds.items()

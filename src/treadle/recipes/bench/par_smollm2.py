@@ -78,7 +78,8 @@ def world_of(config: ParSmollm2Run, folder: Path, data: Path | None) -> World:
         "sft-second": (SECOND, config.long_sft),
         "grpo-second": (SECOND, config.grpo),
     }
-    return World(model_folder(config.base), systems, parts)
+    base = model_folder(config.base)
+    return World(lambda _seed: base, systems, parts)
 
 
 def _task(named: str, folder: Path) -> Task:

@@ -16,7 +16,7 @@ from typing import Literal, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle.configs.bench.partition import ParArm, ParTrials
-from treadle.errors import InputError
+from treadle.errors import InputError, MismatchError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -29,6 +29,7 @@ from treadle.train.stages.settings import Stage
 from treadle.train.stages.training import Assigned, Partition, Plan, Run, Staged, System, train_in_stages
 
 WARM_UP = "warm-up"
+_SHORT = 12  # digits of a base's identity that a record keeps
 _ENDS = 5  # records over which the first and the last reward are averaged
 
 
@@ -62,16 +63,16 @@ class World:
     """Where trials happen.
 
     Attributes:
-        base: the base model's folder.
+        base: maps a seed to the folder of its base model.
         systems: what a trial learns from and is asked.
         parts: the name of a part of a run → its system and stage.
         also: what else is measured of a trained trial, by name; None measures accuracy, reward and shares alone.
     """
 
-    base: Path
+    base: Callable[[int], Path]
     systems: Callable[[Trial], Mapping[str, System]]
     parts: Mapping[str, tuple[str, Stage]]
-    also: Callable[[Trained], Mapping[str, object]] | None = None
+    also: Callable[[Trial, Trained], Mapping[str, object]] | None = None
 
 
 def run_trials(config: ParTrials, world: World, runs: Path, progress: Progress) -> None:
@@ -85,7 +86,19 @@ def run_trials(config: ParTrials, world: World, runs: Path, progress: Progress) 
             if error.where != "region":
                 raise
             record = {**trial.key(), "refused": str(error), "commit": commit()}
+        _check_base(runs, record)
         record_run(runs, record)
+
+
+def _check_base(runs: Path, record: Mapping[str, object]) -> None:
+    """Arms are paired by seed, so that all runs of a seed have one base, also where another machine trains it anew."""
+    for run in finished_runs(runs):
+        if run["seed"] == record["seed"] and run.get("base", record.get("base")) != record.get("base", run.get("base")):
+            raise MismatchError(
+                f"seed {run['seed']} began on base {run['base']}, this one is {record['base']}",
+                where=runs,
+                remedy="name the --work folder of before, or delete that seed's lines",
+            )
 
 
 def reported(runs: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
@@ -123,18 +136,19 @@ def judged(config: ParTrials, trial: Trial, world: World) -> dict[str, object]:
     """The trial's record: what it is, accuracies, rewards, shares of parameters, seconds."""
     begun = time.monotonic()
     trained = _trained(config, trial, world)
-    record = {**trial.key(), **_measures(trained.made)}
+    record = {**trial.key(), "base": trained.family.base.sha256[:_SHORT], **_measures(trained.made)}
     if world.also is not None:
-        record |= world.also(trained)
+        record |= world.also(trial, trained)
     return {**record, "seconds": round(time.monotonic() - begun, 1), "commit": commit()}
 
 
 def _trained(config: ParTrials, trial: Trial, world: World) -> Trained:
     arm, systems = trial.arm, world.systems(trial)
-    model, tokenizer = load_model(str(world.base), device="cpu", dtype=config.dtype), load_tokenizer(str(world.base))
+    base = world.base(trial.seed)
+    model, tokenizer = load_model(str(base), device="cpu", dtype=config.dtype), load_tokenizer(str(base))
     shapes = linear_shapes(model, config.kinds)
     plan = RankPlan.uniform(shapes, rank=arm.rank or config.rank, scaling=config.scaling)
-    family = AdapterFamily.create(base=identify_folder(world.base, "base"), plan=plan, seed=trial.seed)
+    family = AdapterFamily.create(base=identify_folder(base, "base"), plan=plan, seed=trial.seed)
     partition = Partition(
         start=arm.start,
         moves_A=arm.moves_A,

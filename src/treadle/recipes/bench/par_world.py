@@ -3,14 +3,17 @@
     recall    look k 3 7 =            v 4 2          a table that no rule explains: one step, learnt by heart
     sums      sum 3 5 4 =             8 2 # 2        running totals modulo ten, then the answer
 
-A small Llama is trained on the spot on another table and on shorter sums, so that recall begins at chance and longer
-sums at a share that sampling can find and reward. Everything is a function of the seed.
+A small Llama is trained on the spot on another table and on sums of every length, until it does a set share of the
+longest: recall begins at chance, and sums where sampling can find right answers to reward. Sums come all at once, at a
+step that hangs on the seed and on the last bits of the machine's arithmetic: a set number of steps leaves one base with
+a third of the sums and the next with nearly all.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,11 +24,15 @@ from treadle.data.metrics import ExactMatch
 from treadle.data.prompts import Example
 from treadle.files import new_folder
 from treadle.progress import Progress, silent
-from treadle.train.objectives import mean_losses
+from treadle.train.objectives import mean_losses, rightly_answered
 
 RECALL, SUMS = "recall", "sums"
 _WORDS = ["<pad>", "<bos>", "<eos>", "look", "sum", "k", "v", "=", "#", *"0123456789"]
 _LARGEST_KEY = 100
+_RATE, _EVERY, _ASKED = 2e-3, 25, 200  # of the base's training: learning rate, steps between looks, sums looked at
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""The tokens of a prompt and of its answer, the end of sequence last."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class WorldSize:
         facts: to be learnt.
         base_terms: terms that the base's sums have at most.
         terms: of the sums to be learnt.
-        base_steps: of the base's training.
+        base_sums: share of the longest sums at which the base's training ends.
+        base_steps: of it, at most.
         base_batch: examples in each.
     """
 
@@ -49,6 +57,7 @@ class WorldSize:
     facts: int = 24
     base_terms: int = 5
     terms: int = 5
+    base_sums: float = 0.12
     base_steps: int = 2000
     base_batch: int = 64
 
@@ -112,7 +121,7 @@ def base_of(size: WorldSize, folder: Path, *, seed: int, progress: Progress = si
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    learn(model, tokenizer, _base_examples(size, seed), steps=size.base_steps, batch=size.base_batch, progress=progress)
+    learn(model, tokenizer, size, seed=seed, progress=progress)
     with new_folder(folder) as part:
         model.eval().save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -144,29 +153,41 @@ def public_text(size: WorldSize, *, seed: int) -> list[str]:
 def learn(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    examples: Sequence[Example],
+    size: WorldSize,
     *,
-    steps: int,
-    batch: int,
+    seed: int,
     progress: Progress,
 ) -> None:
-    """Train the whole model on random batches, the rate falling to 0."""
-    pairs = [
-        (
-            tuple(tokenizer(example.prompt)["input_ids"]),
-            (*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
-        )
-        for example in examples
-    ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    order = torch.randint(len(pairs), (steps, batch))
+    """Train the whole model on random batches, the rate falling to 0, until it does enough of the longest sums."""
+    pairs = _tokens(tokenizer, _base_examples(size, seed))
+    asked = _tokens(tokenizer, sums_of(_ASKED, terms=size.base_terms, seed=seed, name="base/asked"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
+    order = torch.randint(len(pairs), (size.base_steps, size.base_batch))
     for step, places in enumerate(order.tolist()):
+        if step % _EVERY == 0 and _right(model, asked) >= size.base_sums:
+            return
         rows = [pairs[place] for place in places]
         loss = mean_losses(model, rows).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
+            group["lr"] = _RATE * (1 - step / size.base_steps)
         optimizer.step()
-        progress(f"base: loss {loss.item():.3f}", step + 1, steps)
+        progress(f"base: loss {loss.item():.3f}", step + 1, size.base_steps)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Pair]:
+    return [
+        (
+            tuple(tokenizer(example.prompt)["input_ids"]),
+            (*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
+        )
+        for example in examples
+    ]
+
+
+def _right(model: LlamaForCausalLM, asked: Sequence[Pair]) -> float:
+    """The share whose every token is the likeliest after those before it: what greedy decoding says."""
+    with torch.no_grad():
+        return fmean(rightly_answered(model, asked))
