@@ -16,7 +16,7 @@ def config(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrai
     tiny_tokenizer.save_pretrained(tmp_path / "llama")
     base = str(tmp_path / "llama")
     return RankProbeCostRun(
-        bases=(base,), judged=base, quick_base=base, sequences=4, tokens=8, batch=4, trials=1, projections=1,
+        bases=(base,), judged=base, quick_base=base, sequences=4, tokens=8, batch=2, trials=1, projections=1,
         eva_rank=2, naive_modules=3, training_steps=1,
     )  # fmt: skip
 
@@ -29,7 +29,12 @@ def test_every_arm_is_measured_once_and_the_naive_loop_agrees(config: RankProbeC
     assert all(float(row[f"{arm}_seconds"]) > 0 for arm in ("naive", "prefix", "jacobian", "eva", "training"))
     assert result.metrics["prefix_difference"].holds
     recorded = list(finished_runs(runs))
-    assert [run["arm"] for run in recorded] == ["naive", "prefix", "jacobian", "eva", "training"]
+    turn = ["naive", "prefix", "jacobian", "training"]
+    assert [(run["arm"], run["batch"]) for run in recorded] == [
+        *((arm, 0) for arm in turn),
+        *((arm, 1) for arm in turn),
+        ("eva", None),
+    ]
     again = rank_probe_cost(config, runs=runs, work=tmp_path)
     assert list(finished_runs(runs)) == recorded
     assert again.metrics == result.metrics == summary(config, recorded).metrics
@@ -43,7 +48,7 @@ def test_an_interrupted_benchmark_runs_what_is_missing(config: RankProbeCostRun,
         record_run(second, run)
     rank_probe_cost(config, runs=second, work=tmp_path)
     assert list(finished_runs(second))[:2] == kept[:2]
-    assert len(list(finished_runs(second))) == 5
+    assert len(list(finished_runs(second))) == len(kept) == 9
 
 
 def test_a_quick_run_decides_nothing(config: RankProbeCostRun, tmp_path: Path) -> None:
@@ -58,8 +63,10 @@ def test_figures_are_those_of_the_arms(config: RankProbeCostRun) -> None:
         return {"base": base, "arm": arm, "seconds": seconds, "peak_bytes": 1, "means": means, "text_sha256": "0"}
 
     runs = [
-        run("naive", 30.0, a=1.0, c=4.0),
-        run("prefix", 20.0, a=1.0, b=2.0, c=4.000004, d=3.0),
+        run("naive", 10.0, a=0.0, c=3.0),
+        run("naive", 20.0, a=2.0, c=5.0),
+        run("prefix", 12.0, a=0.0, b=2.0, c=3.000008, d=3.0),
+        run("prefix", 8.0, a=2.0, b=2.0, c=5.0, d=3.0),
         run("jacobian", 0.5, a=1.0, b=3.0, c=5.0, d=4.0),
         run("eva", 3.0, a=4.0, b=3.0, c=1.0, d=2.0),
         run("training", 0.1),

@@ -25,7 +25,7 @@ class RankProbeCostRun(RunConfig):
         eva_rank: mean rank that EVA shares out.
         naive_modules: how many modules the naive loop is timed on, spread evenly over the depth; its time is
             then scaled to all of them, whose cost to it is one and the same: whole forward passes.
-        training_steps: B-only steps that are timed, of 16 sequences of 64 tokens; scaled to 500.
+        training_steps: B-only steps of 16 sequences of 64 tokens that are timed beside every batch; scaled to 500.
         seed: of texts, noise, projections and heads.
     """
 

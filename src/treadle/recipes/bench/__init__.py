@@ -165,7 +165,9 @@ def _dp_step_cost(config: DpStepCostRun, session: Session) -> BenchmarkResult:
 
 
 def _par_importance_cost(config: ParImportanceCostRun, session: Session) -> BenchmarkResult:
-    return par_importance_cost.par_importance_cost(config, quick=session.quick, progress=session.progress)
+    if session.quick:
+        return par_importance_cost.quick_par_importance_cost(config, work=session.work, progress=session.progress)
+    return par_importance_cost.par_importance_cost(config, runs=session.runs, progress=session.progress)
 
 
 def _par_savings(config: ParSavingsRun, session: Session) -> BenchmarkResult:
@@ -307,7 +309,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "privacy-audit": Benchmark(PrivacyAuditRun, _privacy_audit, privacy_audit.summary),
     "federated-bytes": Benchmark(FederatedBytesRun, _federated_bytes),
     "federated-faults": Benchmark(FederatedFaultsRun, _federated_faults),
-    "par-importance-cost": Benchmark(ParImportanceCostRun, _par_importance_cost),
+    "par-importance-cost": Benchmark(ParImportanceCostRun, _par_importance_cost, par_importance_cost.summary),
     "par-savings": Benchmark(ParSavingsRun, _par_savings),
     "rank-change": Benchmark(RankChangeRun, _rank_change, rank_change.summary),
     "rank-depth": Benchmark(RankDepthRun, _rank_depth, rank_depth.summary),

@@ -2,12 +2,14 @@
 
 plain:    sum of a batch's losses, backward into A and B, gradients dropped
 element:  `measure` of elements, two blocks; rank: of ranks
-in turn each round; medians over rounds of the ratio within the round
+in turn each round, which is recorded as it ends; medians over rounds of the ratio within the round
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 
@@ -18,27 +20,38 @@ from treadle.models.loading import load_model
 from treadle.partition.importance import importance, measure
 from treadle.partition.units import Granularity
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
+from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.train.attention import quick_attention
 from treadle.train.objectives import Pair, mean_losses
 from treadle.train.unchanged import eval_mode
 
 NAME = "par-importance-cost"
-_QUICK_ROUNDS = 3
 
 Arm = Callable[[], None]
 
 
-def par_importance_cost(
-    config: ParImportanceCostRun, *, quick: bool = False, progress: Progress = silent
-) -> BenchmarkResult:
-    """Seconds of every arm, a row a round; `quick` passes over one batch.
+def par_importance_cost(config: ParImportanceCostRun, *, runs: Path, progress: Progress = silent) -> BenchmarkResult:
+    """Seconds of every arm, a row a round; rounds that stand in `runs` are not run again.
 
     Raises:
         UnavailableError: the base is not there.
     """
-    model = load_model(config.base, device="cpu")
-    samples, rounds = (config.batch, _QUICK_ROUNDS) if quick else (config.samples, config.rounds)
+    done = len(list(finished_runs(runs)))
+    if done < config.rounds:
+        _measure_rounds(config, range(done, config.rounds), runs, progress)
+    return summary(config, list(finished_runs(runs)))
+
+
+def quick_par_importance_cost(
+    config: ParImportanceCostRun, *, work: Path, progress: Progress = silent
+) -> BenchmarkResult:
+    """The same over one batch, which decides nothing."""
+    small = config.model_copy(update={"samples": config.batch, "rounds": 3})
+    return par_importance_cost(small, runs=work / "quick.jsonl", progress=progress).undecided()
+
+
+def _measure_rounds(config: ParImportanceCostRun, rounds: range, runs: Path, progress: Progress) -> None:
+    model, samples = load_model(config.base, device="cpu"), config.samples
     pairs = _pairs(config, samples, model.config.get_text_config().vocab_size)
     batches = [range(begin, min(begin + config.batch, samples)) for begin in range(0, samples, config.batch)]
     shapes = linear_shapes(model, config.kinds)
@@ -70,11 +83,9 @@ def par_importance_cost(
             "element": lambda: measured("element"),
             "rank": lambda: measured("rank"),
         }
-        plain()  # brings pages and kernels in
-        rows = _rounds(arms, rounds, progress)
-    settings = config.model_dump(mode="json") | {"quick": quick}
-    result = BenchmarkResult(NAME, device_name(), commit(), settings, metrics_of(rows), rows)
-    return result.undecided() if quick else result
+        loss(batches[0]).backward()  # brings pages and kernels in
+        for turn in rounds:
+            record_run(runs, {"round": turn + 1, **_round(arms, turn, config.rounds, progress), "commit": commit()})
 
 
 def _pairs(config: ParImportanceCostRun, samples: int, vocabulary: int) -> list[Pair]:
@@ -88,27 +99,25 @@ def _drawn(config: ParImportanceCostRun, name: str, shape: tuple[int, int]) -> t
     return torch.from_numpy(randomness.normal(config.seed, name, shape)).float() / shape[1] ** 0.5
 
 
-def _rounds(arms: Mapping[str, Arm], rounds: int, progress: Progress) -> list[dict[str, object]]:
-    """Seconds of every arm, a row a round; who begins changes from round to round."""
-    names, rows = list(arms), list[dict[str, object]]()
-    for turn in range(rounds):
-        taken: dict[str, float] = {}
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            progress(f"round {turn + 1}: {name}", turn * len(names) + len(taken), rounds * len(names))
-            start = time.perf_counter()
-            arms[name]()
-            taken[name] = time.perf_counter() - start
-        rows.append({"round": turn + 1, **{name: taken[name] for name in names}})
-    return rows
+def _round(arms: Mapping[str, Arm], turn: int, rounds: int, progress: Progress) -> dict[str, float]:
+    """Seconds of every arm; who begins changes from round to round."""
+    names, taken = list(arms), dict[str, float]()
+    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        progress(f"round {turn + 1}: {name}", turn * len(names) + len(taken), rounds * len(names))
+        start = time.perf_counter()
+        arms[name]()
+        taken[name] = time.perf_counter() - start
+    return {name: taken[name] for name in names}
 
 
-def metrics_of(rows: Sequence[Mapping[str, object]]) -> dict[str, Metric]:
+def summary(config: ParImportanceCostRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """Medians over rounds of what an arm takes, as a multiple of the plain passes of its round."""
 
     def over_plain(arm: str) -> float:
-        return median(float(str(row[arm])) / float(str(row["plain"])) for row in rows)
+        return median(cast("float", run[arm]) / cast("float", run["plain"]) for run in runs)
 
-    return {
+    metrics = {
         "importance_over_fwdbwd": Metric.against(over_plain("element"), "1", at_most=1.5),
         "rank_importance_over_fwdbwd": Metric.against(over_plain("rank"), "1"),
     }
+    return BenchmarkResult(NAME, device_name(), commit(), config.model_dump(mode="json"), metrics, runs)

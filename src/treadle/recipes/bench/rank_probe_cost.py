@@ -1,12 +1,16 @@
 """`rank-probe-cost`: what it costs to score every module, exactly, nearly, and by EVA.
 
 for each base: the naive loop on some modules, scaled · the cached probe · projected Jacobians · EVA · training steps
-each arm once, its seconds and the most memory it held, recorded as it ends; scores compared by rank
+batch by batch of the texts, arms in turn; EVA, which shares out ranks over all texts, once; scores compared by rank
+
+What is compared is the processor's seconds, so that a machine with other work does not tell otherwise: run it with one
+thread (`OMP_NUM_THREADS=1`), as threads that wait for one another count too. Every arm is recorded as it ends.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -28,11 +32,20 @@ from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import ProbeSettings, probe_scores
 from treadle.ranks.stability import spearman
 from treadle.recipes.bench.classification import trained_base
-from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
+from treadle.recipes.bench.result import (
+    BenchmarkResult,
+    Metric,
+    commit,
+    device_name,
+    finished_runs,
+    is_recorded,
+    record_run,
+)
 from treadle.recipes.footprint import forget_peak, peak_bytes
 from treadle.train.objectives import Kind, kind_of, summed_loss
 
 NAME = "rank-probe-cost"
+_BY_BATCH = ("naive", "prefix", "jacobian", "training")
 _STEPS, _ROWS, _TOKENS, _RANK = 500, 16, 64, 8  # of the training that a probe's time is held against
 
 Means = dict[str, float]
@@ -46,18 +59,26 @@ def rank_probe_cost(
     Raises:
         UnavailableError: a base is not there.
     """
-    done = {(row["base"], row["arm"]) for row in finished_runs(runs)}
     for base in config.bases:
-        arms = {"naive", "prefix", "jacobian", "eva", "training"}
-        if all((base, arm) in done for arm in arms):
-            continue
-        folder = trained_base(base, work, name="two-classes", labels=("no", "yes"), seed=config.seed)
-        model, inputs = load_model(str(folder), device="cpu"), _inputs(folder, config)
-        for arm, run in _arms(model, inputs, config, progress).items():
-            if (base, arm) not in done:
-                progress(f"{base}: {arm}", 0, 0)
-                record_run(runs, {"base": base, "arm": arm, **_measured(run), "text_sha256": inputs.text_sha256})
+        _measure(base, config, runs, work, progress)
     return summary(config, list(finished_runs(runs)))
+
+
+def _measure(base: str, config: RankProbeCostRun, runs: Path, work: Path, progress: Progress) -> None:
+    """Run and record every arm on every batch that is not recorded, arms in turn."""
+    folder = trained_base(base, work, name="two-classes", labels=("no", "yes"), seed=config.seed)
+    model, inputs = load_model(str(folder), device="cpu"), _inputs(folder, config)
+    turns: list[tuple[str, int | None, Callable[[], Means]]] = []
+    for number, ids in enumerate(inputs.batches):
+        batch = ProbeInputs((ids,), inputs.text_sha256)
+        turns += [(arm, number, run) for arm, run in _arms(model, batch, config, progress).items() if arm != "eva"]
+    turns.append(("eva", None, _arms(model, inputs, config, progress)["eva"]))
+    for place, (arm, number, run) in enumerate(turns):
+        key = {"base": base, "arm": arm, "batch": number}
+        if not is_recorded(runs, key):
+            progress(f"{base}: {arm}", place, len(turns))
+            text = {"text_sha256": inputs.text_sha256, "commit": commit()}
+            record_run(runs, {**key, **_measured(run), **text})
 
 
 def quick_rank_probe_cost(config: RankProbeCostRun, *, work: Path, progress: Progress = silent) -> BenchmarkResult:
@@ -161,15 +182,16 @@ def _measured(arm: Callable[[], Means]) -> dict[str, object]:
     """The arm's seconds, the bytes it held beyond those before it (None where the kernel does not tell), its scores."""
     device = torch.device("cpu")
     told = forget_peak(device)
-    before, start = peak_bytes(device), time.perf_counter()
+    before, start, begun = peak_bytes(device), time.process_time(), time.perf_counter()
     means = arm()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": peak_bytes(device) - before if told else None, "means": means}
+    seconds, wall = time.process_time() - start, time.perf_counter() - begun
+    held = peak_bytes(device) - before if told else None
+    return {"seconds": seconds, "wall_seconds": wall, "peak_bytes": held, "means": means}
 
 
 def summary(config: RankProbeCostRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
     """The figures of the recorded arms, a row a base."""
-    rows = [_row(base, {str(run["arm"]): run for run in runs if run["base"] == base}, config) for base in config.bases]
+    rows = [_row(base, [run for run in runs if run["base"] == base], config) for base in config.bases]
     judged = rows[config.bases.index(config.judged)]
 
     def figure(name: str) -> float:
@@ -185,13 +207,21 @@ def summary(config: RankProbeCostRun, runs: Sequence[Mapping[str, object]]) -> B
     return BenchmarkResult(NAME, device_name(), commit(), config.model_dump(mode="json"), metrics, rows)
 
 
-def _row(base: str, arms: Mapping[str, Mapping[str, object]], config: RankProbeCostRun) -> dict[str, object]:
-    """What one base shows; the naive loop's seconds are scaled from the modules that it ran to all of them."""
-    means = {arm: cast("Means", run["means"]) for arm, run in arms.items()}
-    seconds = {arm: cast("float", run["seconds"]) for arm, run in arms.items()}
+def _row(base: str, runs: Sequence[Mapping[str, object]], config: RankProbeCostRun) -> dict[str, object]:
+    """What one base shows: an arm's seconds over all its batches, its mean scores, the most that it held.
+
+    The naive loop's seconds are scaled from the modules that it ran to all of them.
+    """
+    arms = {arm: [run for run in runs if run["arm"] == arm] for arm in (*_BY_BATCH, "eva")}
+    means = {arm: _mean([cast("Means", run["means"]) for run in own]) for arm, own in arms.items()}
+    seconds = {arm: sum(cast("float", run["seconds"]) for run in own) for arm, own in arms.items()}
+    held = {
+        arm: [cast("int", run["peak_bytes"]) for run in own if run["peak_bytes"] is not None]
+        for arm, own in arms.items()
+    }
     modules, ran = len(means["prefix"]), len(means["naive"])
     naive = seconds["naive"] * modules / ran
-    steps = seconds["training"] * _STEPS / config.training_steps
+    steps = seconds["training"] * _STEPS / (config.training_steps * len(arms["training"]))
     return {
         "base": base,
         "modules": modules,
@@ -200,7 +230,7 @@ def _row(base: str, arms: Mapping[str, Mapping[str, object]], config: RankProbeC
         "naive_seconds": naive,
         **{f"{arm}_seconds": seconds[arm] for arm in ("prefix", "jacobian", "eva")},
         "training_seconds": steps,
-        **{f"{arm}_peak_bytes": run["peak_bytes"] for arm, run in arms.items()},
+        **{f"{arm}_peak_bytes": max(own, default=None) for arm, own in held.items()},
         "prefix_speedup": naive / seconds["prefix"],
         "prefix_difference": max(abs(means["prefix"][name] - score) for name, score in means["naive"].items()),
         "jacobian_speedup": naive / seconds["jacobian"],
@@ -208,5 +238,10 @@ def _row(base: str, arms: Mapping[str, Mapping[str, object]], config: RankProbeC
         "jacobian_spearman": spearman(means["jacobian"], means["prefix"]),
         "eva_spearman": spearman(means["eva"], {name: means["prefix"][name] for name in means["eva"]}),
         "jacobian_of_training": seconds["jacobian"] / steps,
-        "text_sha256": arms["prefix"]["text_sha256"],
+        "text_sha256": runs[0]["text_sha256"],
     }
+
+
+def _mean(batches: Sequence[Means]) -> Means:
+    """The mean over batches of as many texts each."""
+    return {name: fmean(batch[name] for batch in batches) for name in batches[0]}
