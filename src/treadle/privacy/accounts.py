@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import overload
 
 from treadle.errors import BudgetError, FormatError, MismatchError
 from treadle.privacy.accounting import MechanismEvent, epsilon_of
@@ -28,6 +29,7 @@ class Account:
         steps: of each mechanism, over all runs.
         unaccounted: releases that no ε accounts for.
         debits: how often each request was paid for; more than once after a crash.
+        began: run → the mechanism of its first release, None if no ε accounts for it.
         since: when it was registered (UTC, ISO 8601).
         last: when its last entry was written.
     """
@@ -41,10 +43,27 @@ class Account:
     steps: Counter[MechanismKind] = field(default_factory=Counter[MechanismKind])
     unaccounted: int = 0
     debits: Counter[ReleaseKey] = field(default_factory=Counter[ReleaseKey])
+    began: dict[str, MechanismKind | None] = field(default_factory=dict[str, MechanismKind | None])
 
     def spent(self) -> float:
         """ε of everything ever released, at the budget's δ; inf once anything was released without noise."""
         return math.inf if self.unaccounted else _epsilon(self.steps, self.budget.delta)
+
+    def refuse_other_noise(self, run: str, event: MechanismEvent | None) -> None:
+        """Return if the release has the noise and the rate that the run began with, or is its first.
+
+        Noise that is chosen after releases were seen is not known to compose (docs/ledger.md).
+
+        Raises:
+            MismatchError: it has others.
+        """
+        asked = _kind(event)
+        if self.began.get(run, asked) != asked:
+            raise MismatchError(
+                f"began with {_told(self.began[run])}; this release would have {_told(asked)}",
+                where=f"run {run!r} on data set {self.data!r}",
+                remedy="nothing was released; train with other numbers, rows or terms in a run of its own",
+            )
 
     def refuse_if_over(self, event: MechanismEvent | None) -> None:
         """Return if the release fits into what the silo allows.
@@ -58,11 +77,10 @@ class Account:
             raise self._over("a release that no ε accounts for", math.inf)
         if self.unaccounted:
             raise self._over("a release after one that no ε accounts for", math.inf)
-        mechanism = (event.noise_multiplier, event.sample_rate)
+        mechanism = _kind(event)
         after = self.steps + Counter({mechanism: event.steps})
         if not _fits(after, mechanism, self.budget):
-            asked = f"{event.steps} steps with noise {event.noise_multiplier:.4g} at rate {event.sample_rate:.4g}"
-            raise self._over(asked, _epsilon(after, self.budget.delta))
+            raise self._over(f"{event.steps} steps with {_told(mechanism)}", _epsilon(after, self.budget.delta))
 
     def _over(self, asked: str, after: float) -> BudgetError:
         return BudgetError(
@@ -70,6 +88,22 @@ class Account:
             where=f"data set {self.data!r}",
             remedy="nothing was released; only the silo can allow more (`treadle ledger allow`)",
         )
+
+
+@overload
+def _kind(event: MechanismEvent) -> MechanismKind: ...
+
+
+@overload
+def _kind(event: MechanismEvent | None) -> MechanismKind | None: ...
+
+
+def _kind(event: MechanismEvent | None) -> MechanismKind | None:
+    return None if event is None else (event.noise_multiplier, event.sample_rate)
+
+
+def _told(kind: MechanismKind | None) -> str:
+    return "no noise" if kind is None else f"noise {kind[0]:.4g} at rate {kind[1]:.4g}"
 
 
 def _fits(steps: Counter[MechanismKind], mechanism: MechanismKind, budget: Budget) -> bool:
@@ -152,7 +186,8 @@ def _enter(account: Account, entry: Edited | Allowed | Debited) -> None:
             account.budget = budget
         case Debited(_, key, event):
             account.debits[key] += 1
+            account.began.setdefault(key.run, _kind(event))
             if event is None:
                 account.unaccounted += 1
             else:
-                account.steps[event.noise_multiplier, event.sample_rate] += event.steps
+                account.steps[_kind(event)] += event.steps

@@ -177,10 +177,13 @@ class Ledger:
         Raises:
             InputError: no such data set.
             BudgetError: it would cost more than the silo allows; nothing was written.
+            MismatchError: the run began with other noise or another rate; nothing was written.
             UnavailableError: the disk refuses; nothing was written.
         """
         with self._writing() as connection:
-            self._account(data).refuse_if_over(event)
+            account = self._account(data)
+            account.refuse_other_noise(key.run, event)
+            account.refuse_if_over(event)
             self._append(connection, Debited(data, key, event))
 
     def reply(self, data: str, key: ReleaseKey) -> bytes | None:
@@ -327,6 +330,7 @@ def release(
     Raises:
         InputError: no such data set.
         BudgetError: the silo allows no more; `make` was not called.
+        MismatchError: the run began with other noise or another rate; `make` was not called.
         UnavailableError: the disk refuses; nothing may leave.
     """
     files.checked_name(data, where="data set")

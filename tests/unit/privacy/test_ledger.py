@@ -128,7 +128,20 @@ def test_a_release_without_noise_needs_a_silo_that_allows_it_and_leaves_no_bound
     assert ledger.spent("ward") == math.inf
     ledger.allow("ward", Budget(100.0, 1e-5), reason="a mistake")
     with pytest.raises(BudgetError, match="spent ε = none"):
-        release(ledger, "ward", key(2), EVENT, never)
+        release(ledger, "ward", key(2, "later"), EVENT, never)
+
+
+@pytest.mark.parametrize("other", [MechanismEvent(32.0, 1.0, 10), MechanismEvent(16.0, 0.5, 10), None])
+def test_a_run_keeps_the_noise_and_the_rate_that_it_began_with(unbounded: Ledger, other: MechanismEvent | None) -> None:
+    release(unbounded, "ward", key(1), EVENT, lambda: b"x")
+    with pytest.raises(MismatchError, match=r"^run 'run' on data set 'ward': began with noise 16 at rate 1; this"):
+        release(Ledger.open(unbounded.path), "ward", key(2), other, never)
+    unbounded.register("clinic", budget=OPEN, source=b"rows of the clinic")
+    release(unbounded, "clinic", key(2), other, lambda: b"x")  # every data set's terms are its own
+    release(unbounded, "ward", key(2, "another"), other, lambda: b"x")
+    release(unbounded, "ward", key(2), MechanismEvent(16.0, 1.0, 3), lambda: b"x")  # fewer steps are the same noise
+    (ward, _) = unbounded.statements()
+    assert [(run.run, run.releases) for run in ward.runs] == [("run", 2), ("another", 1)]
 
 
 def test_nothing_is_kept_that_was_not_paid_for(ledger: Ledger) -> None:
