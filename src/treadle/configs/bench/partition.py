@@ -86,7 +86,7 @@ class ParWorldRun(ParTrials):
     Attributes:
         width: of the small Llama.
         layers: of it.
-        base_sums: share of the longest sums at which its training ends.
+        base_sums: share of sums at which its training ends.
         base_steps: of it, at most.
         base_facts: that it knows already.
         facts: to be learnt.

@@ -3,13 +3,12 @@
     recall    look k 3 7 =            v 4 2          a table that no rule explains: one step, learnt by heart
     sums      sum 3 5 4 =             8 2 # 2        running totals modulo ten, then the answer
 
-A small Llama is trained on the spot on another table and on sums of every length, until it does a set share of the
-longest: recall begins at chance, and sums where sampling can find right answers to reward. Sums come all at once, at a
-step that hangs on the seed and on the last bits of the machine's arithmetic: a set number of steps leaves one base with
-a third of the sums and the next with nearly all.
+A small Llama is trained on the spot on another table and on other sums, until it does a set share of sums: recall
+begins at chance, and sums where sampling can find right answers to reward. Sums come late and all at once, at a step
+that hangs on the seed and on the last bits of the machine's arithmetic: after a set number of steps one base would do
+a third of them and the next nearly all.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +43,8 @@ class WorldSize:
         layers: of it.
         base_facts: that the base knows, beside those to be learnt.
         facts: to be learnt.
-        base_terms: terms that the base's sums have at most.
-        terms: of the sums to be learnt.
-        base_sums: share of the longest sums at which the base's training ends.
+        terms: of every sum.
+        base_sums: share of sums at which the base's training ends.
         base_steps: of it, at most.
         base_batch: examples in each.
     """
@@ -55,10 +53,9 @@ class WorldSize:
     layers: int = 4
     base_facts: int = 32
     facts: int = 24
-    base_terms: int = 5
     terms: int = 5
-    base_sums: float = 0.12
-    base_steps: int = 2000
+    base_sums: float = 0.25
+    base_steps: int = 3000
     base_batch: int = 64
 
 
@@ -129,13 +126,9 @@ def base_of(size: WorldSize, folder: Path, *, seed: int, progress: Progress = si
 
 
 def _base_examples(size: WorldSize, seed: int) -> list[Example]:
-    examples: list[Example] = []
-    share = size.base_steps * size.base_batch // 2
-    for terms in range(2, size.base_terms + 1):
-        count = math.ceil(share / (size.base_terms - 1))
-        examples += sums_of(count, terms=terms, seed=seed, name=f"base/{terms}")
-    known = _base_facts(size, seed)
-    return examples + [known[place % len(known)] for place in range(share)]
+    share, known = size.base_steps * size.base_batch // 2, _base_facts(size, seed)
+    sums = sums_of(share, terms=size.terms, seed=seed, name="base")
+    return sums + [known[place % len(known)] for place in range(share)]
 
 
 def _base_facts(size: WorldSize, seed: int) -> list[Example]:
@@ -143,10 +136,8 @@ def _base_facts(size: WorldSize, seed: int) -> list[Example]:
 
 
 def public_text(size: WorldSize, *, seed: int) -> list[str]:
-    """What anybody may read in this world: the facts that the base knows, and as many sums of every length it knows."""
-    lengths = range(2, size.base_terms + 1)
-    count = math.ceil(size.base_facts / len(lengths))
-    sums = [one for terms in lengths for one in sums_of(count, terms=terms, seed=seed, name=f"public/{terms}")]
+    """What anybody may read in this world: the facts that the base knows, and as many sums."""
+    sums = sums_of(size.base_facts, terms=size.terms, seed=seed, name="public")
     return [example.prompt + example.completion for example in [*_base_facts(size, seed), *sums]]
 
 
@@ -158,9 +149,9 @@ def learn(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Train the whole model on random batches, the rate falling to 0, until it does enough of the longest sums."""
+    """Train the whole model on random batches, the rate falling to 0, until it does enough sums."""
     pairs = _tokens(tokenizer, _base_examples(size, seed))
-    asked = _tokens(tokenizer, sums_of(_ASKED, terms=size.base_terms, seed=seed, name="base/asked"))
+    asked = _tokens(tokenizer, sums_of(_ASKED, terms=size.terms, seed=seed, name="base/asked"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
     order = torch.randint(len(pairs), (size.base_steps, size.base_batch))
     for step, places in enumerate(order.tolist()):
