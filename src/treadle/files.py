@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -82,6 +83,19 @@ def append_line(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(handle)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file of lines, with the lines' numbers; none if there is no file.
+
+    A line that its writer did not end, because it died or the disk was full, holds no value and is passed over,
+    wherever it stands: see `append_line`.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), start=1):
+        try:
+            yield number, json.loads(line)
+        except ValueError:
+            continue
 
 
 def canonical_json(content: object) -> bytes:

@@ -225,6 +225,13 @@ def test_appended_lines_are_whole_even_behind_one_that_was_cut_off(tmp_path: Pat
     assert path.read_bytes() == b'one\n{"ha\nthree\n'
 
 
+def test_lines_of_json_are_read_but_for_those_that_were_never_ended(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert list(files.json_lines(path)) == []
+    path.write_bytes('{"a": 1}\n{"ha\n\n["ü\u2028"]\n{"b'.encode())
+    assert list(files.json_lines(path)) == [(1, {"a": 1}), (4, ["ü\u2028"])]
+
+
 def test_a_line_waits_for_another_that_is_only_begun(tmp_path: Path) -> None:
     """A file grows page by page: what has its end in the middle of a line is being written, not cut off."""
     path = tmp_path / "log.jsonl"

@@ -123,13 +123,8 @@ def _epsilons(config: PilotRun) -> list[Epsilon]:
 
 
 def _recorded(path: Path) -> Iterator[Tried]:
-    if path.exists():
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            try:
-                content = json.loads(line)
-            except ValueError:  # a writer died in this line, and its trial is made again
-                continue
-            yield Tried.of_json(content, where=f"{path}, line {number}")
+    for number, content in files.json_lines(path):
+        yield Tried.of_json(content, where=f"{path}, line {number}")
 
 
 @dataclass(frozen=True)

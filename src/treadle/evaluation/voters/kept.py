@@ -32,20 +32,12 @@ class KeptAnswers:
         self._path, self._lock = path, threading.Lock()
         self._answers: dict[str, str] = {}
         self._cost = Cost()
-        content = path.read_bytes() if path.exists() else b""
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            self._read(line, number)
-
-    def _read(self, line: bytes, number: int) -> None:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return  # an empty line, or one that a kill tore off
-        match row:
-            case {"key": str(key), "answer": str() | None as answer, "tokens": [int(prompt), int(completion)]}:
-                self._count(key, answer, (prompt, completion))
-            case _:
-                raise FormatError("no exchange", where=f"{self._path}, line {number}", remedy="delete the line")
+        for number, row in files.json_lines(path):
+            match row:
+                case {"key": str(key), "answer": str() | None as answer, "tokens": [int(prompt), int(completion)]}:
+                    self._count(key, answer, (prompt, completion))
+                case _:
+                    raise FormatError("no exchange", where=f"{path}, line {number}", remedy="delete the line")
 
     def _count(self, key: str, answer: str | None, tokens: tuple[int, int]) -> None:
         if answer is not None:

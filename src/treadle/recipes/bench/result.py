@@ -99,12 +99,8 @@ def commit() -> str:
 
 
 def finished_runs(path: Path) -> Iterator[dict[str, object]]:
-    """The runs recorded in a JSON Lines file; a last line cut off by a crash is not one."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            yield json.loads(line)
+    """The runs recorded in a JSON Lines file."""
+    return (run for _, run in files.json_lines(path))
 
 
 def is_recorded(path: Path, key: Mapping[str, object]) -> bool:

@@ -118,13 +118,7 @@ def read_reports(folder: Path) -> list[RoundReport]:
     """
     path = folder / ROUNDS
     found: dict[int, RoundReport] = {}
-    if not path.exists():
-        return []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            content = json.loads(line)
-        except ValueError:  # its writer died or ran out of disk, and the round was done again
-            continue
+    for _, content in files.json_lines(path):
         report = RoundReport.of_json(content, where=path)
         found[report.server_round] = report
     return [found[number] for number in sorted(found)]
