@@ -65,7 +65,8 @@ def pilot(config: PilotRun, progress: Progress = silent) -> PilotResult:
     """
     work = _Pilot(config, _Stage.opened(config, progress))
     _write_down(config)
-    progress("gradients of public rows", 0, 0)
+    if not config.private:
+        progress("gradients of public rows", 0, 0)
     signals = work.signals
     done = {row.trial: row for row in _recorded(config.out / TRIALS)}
     planned, seeds = len(_points(config)) * len(_epsilons(config)), len(config.trials.seeds)
