@@ -15,6 +15,7 @@ from treadle.errors import InputError, UnsupportedError
 from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.family.plan import LayerShape
 from treadle.progress import Progress, silent
+from treadle.routing.rows import layouts
 
 Passages = Sequence[str] | Sequence[Sequence[int]]
 """Texts, or the token ids that a tokenizer made of them."""
@@ -80,6 +81,8 @@ def read_text(
         InputError: no token counts, or a layer never ran.
         UnsupportedError: a layer's inputs cannot be told apart by row and token.
 
+    Where the rows of a batch do not surely come first in all of these layers, every text is read alone.
+
     Deviations: the decoder of an encoder–decoder reads the same text as its encoder, after the start token.
     """
     masks: list[Tensor] = []
@@ -99,6 +102,9 @@ def read_text(
 
     targets = adapted_layers(model, {module: shape for module, (shape, _) in observers.items()})
     hooks = {module: hook(module, observer) for module, (_, observer) in observers.items()}
+    with torch.no_grad(), _evaluating(model):
+        if len(layouts(model, targets)) < len(targets):
+            batches = [row for batch in batches for row in _rows_alone(batch)]
     with torch.no_grad(), _evaluating(model), Attachment(targets, hooks):
         for done, batch in enumerate(batches):
             progress("calibrating", done, len(batches))
@@ -113,6 +119,13 @@ def read_text(
     for module in observers:
         if module not in ran:
             raise InputError("this layer never ran while reading text", where=module, remedy="leave it out of the plan")
+
+
+def _rows_alone(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Each row as a batch of its own, without padding."""
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        alone = ids[mask.bool()][None]
+        yield {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
 
 
 def longest_passage(model: PreTrainedModel) -> int:

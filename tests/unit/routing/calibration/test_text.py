@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertForSequenceClassification,
     LlamaForCausalLM,
+    LongformerConfig,
+    LongformerForMaskedLM,
     PreTrainedTokenizerFast,
     T5ForConditionalGeneration,
 )
 
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter, Provenance
+from treadle.family.injection import linear_shapes
 from treadle.routing.bank import AdapterBank
 from treadle.routing.calibration import (
     OwnCalibration,
@@ -24,6 +28,7 @@ from treadle.routing.calibration import (
     positions,
     text_batches,
 )
+from treadle.routing.calibration.text import read_text
 from treadle.routing.routed import RoutedModel
 
 
@@ -57,6 +62,35 @@ def test_statistics_are_those_of_a_plain_loop(
         assert found.mean[module][place].item() == pytest.approx(norms.mean().item(), rel=1e-5)
         assert found.std[module][place].item() == pytest.approx(norms.std(correction=0).item(), rel=1e-4)
     assert found.tokens == len(x)
+
+
+def test_where_rows_do_not_come_first_passages_are_read_alone(
+    make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Longformer's attention sees (tokens, rows, inner): a batch's padding lies elsewhere than in its mask."""
+    torch.manual_seed(0)
+    config = LongformerConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=70, attention_window=4, pad_token_id=0,
+    )  # fmt: skip
+    model = LongformerForMaskedLM(config).eval()
+    module = "longformer.encoder.layer.0.attention.self.value"
+    shape = linear_shapes(model)[module]
+
+    def seen(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        read_text(model, batches, (), {module: (shape, lambda x, _: found.append(x))})
+        return torch.cat(found)
+
+    # window lengths, so that the model itself adds nothing
+    rows = [torch.arange(8)[None] + 10, torch.arange(4)[None] + 30]
+    together = {
+        "input_ids": torch.cat([rows[0], nn.functional.pad(rows[1], (0, 4))]),
+        "attention_mask": torch.tensor([[1] * 8, [1] * 4 + [0] * 4]),
+    }
+    alone = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+    assert seen([together]).shape == (12, 16)
+    assert torch.equal(seen([together]), seen(alone))
 
 
 def test_padding_and_special_tokens_do_not_count(
