@@ -177,7 +177,9 @@ def show_plan(made: Planned, *, json: bool) -> None:
         content = {"folder": made.folder, "parameters": asdict(count), **plan.to_json()}
         rows = {name: {"mean": s.mean, "standard_error": s.standard_error} for name, s in scores.items()}
         peers = [{key: value for key, value in vars(peer).items() if key != "scores"} for peer in made.peers]
-        print_json(content | {"scores": rows, "peers": peers})
+        settled = made.settled
+        share = None if settled is None else {"trials": settled.trials, "unchanged": settled.unchanged}
+        print_json(content | {"scores": rows, "peers": peers, "settled": share})
         return
     ranks = ranks_of(plan, made.scores)
     places = placed(list(ranks))
@@ -196,6 +198,11 @@ def show_plan(made: Planned, *, json: bool) -> None:
         f"{len(plan.modules)} modules, {count.lora_B:,} parameters in B and {count.lora_A:,} in A, "
         f"{plan.provenance['lost']} of {plan.provenance['budget']} left: {made.folder}"
     )
+    if made.settled is not None and not made.settled.settled:
+        remark(
+            f"ranks have not settled after {made.settled.trials} trials: as many more would leave them as they are "
+            f"in {made.settled.unchanged:.0%} of draws; raise settle.maximum"
+        )
     if plan.unaccounted:
         remark(f"ε of every adapter and fleet on this plan: none ({plan.unaccounted})")
 

@@ -10,6 +10,7 @@ from treadle.configs.toml import RunConfig
 from treadle.configs.train import SourceData, TaskData, kind_of_data
 from treadle.errors import InputError
 from treadle.family.plan import LayerShape
+from treadle.ranks.accumulating import AccumulatingSettings
 from treadle.ranks.allocation import AllocationSettings, Budget, mean_rank_budget
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
@@ -30,7 +31,12 @@ def _named_probe(table: object) -> object:
 
 
 def trials_of(settings: ProbeSettings) -> str | None:
-    """What the probe calls the number that makes it surer, None where it has no such number."""
+    """What the probe calls the number that makes it surer, None where it has no such number.
+
+    Noise that piles up has none: a trial more changes what all later modules show.
+    """
+    if isinstance(settings, AccumulatingSettings):
+        return None
     return next((key for key in ("trials", "projections") if hasattr(settings, key)), None)
 
 
@@ -41,8 +47,8 @@ class ProbeText(RunConfig):
         source: "pydoc", or a file as `public_texts` reads it.
         sequences: passages, or examples, at most.
         tokens: length to which each is cut.
-        public: whether the text may be known. A plan probed on private text says so, carries no digest of it, and
-            takes the ε from every adapter and every fleet on it.
+        public: whether the text may be known, to be stated of every text but "pydoc". A plan probed on private
+            text says so, carries no digest of it, and takes the ε from every adapter and every fleet on it.
     """
 
     source: str = "pydoc"
@@ -123,12 +129,22 @@ class PlanRun(Shares):
     device: str = "auto"
     overwrite: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number_of_trials(cls, data: object) -> object:
+        probe = data.get("probe") if isinstance(data, Mapping) and data.get("settle") is not None else None
+        if isinstance(probe, Mapping) and (said := {"trials", "projections"} & {str(key) for key in probe}):
+            raise ValueError(f"[settle] decides how many trials there are; delete probe.{said.pop()}")
+        return data
+
     @model_validator(mode="after")
     def _goes_together(self) -> "PlanRun":
         if self.settle is not None and trials_of(self.probe) is None:
             raise ValueError("[settle] adds trials, of which this probe has none; delete it")
         if self.examples is not None and "public" not in self.text.model_fields_set:
             raise ValueError("[examples] are probed: say whether they may be known with text.public = true or false")
+        if self.text.source != "pydoc" and "public" not in self.text.model_fields_set:
+            raise ValueError("text.source is a file: say whether it may be known with text.public = true or false")
         if self.examples is not None and "source" in self.text.model_fields_set:
             raise ValueError("[examples] are probed instead of text.source; delete one of the two")
         return self

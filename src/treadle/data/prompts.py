@@ -1,7 +1,7 @@
 """Templates that turn a row of data into a prompt and its completion."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.errors import ConfigError, InputError
@@ -105,3 +105,13 @@ def value_of(row: Row, name: str, *, where: object = None) -> str:
         kind = type(value).__name__
         raise InputError(f"field {name!r} holds a {kind}, not text or a number", where=where, remedy="flatten it")
     return str(value)
+
+
+def cut_prompt(prompt: Sequence[int], special: Sequence[int], room: int) -> tuple[int, ...]:
+    """The last `room` tokens of the prompt, but the special tokens at both ends are kept where they fit."""
+    text = [i for i, is_special in enumerate(special) if not is_special]
+    begin, end = (text[0], text[-1] + 1) if text else (0, len(prompt))
+    kept = room - begin - (len(prompt) - end)
+    if kept < 1:
+        return tuple(prompt[-room:])
+    return (*prompt[:begin], *prompt[end - kept : end], *prompt[end:])

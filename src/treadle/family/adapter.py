@@ -1,6 +1,7 @@
 """An adapter: its lora_B (and, if it is foreign, its own lora_A), stored as a folder that stock PEFT opens."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import cached_property
@@ -158,12 +159,14 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that is its own in a family: the sorted modules with dtype, shape and bytes of folded_B."""
+        """SHA-256 of all that is its own: the sorted modules with dtype, shape and bytes of folded_B, and of lora_A
+        too where no family has it.
+        """
         total = hashlib.sha256()
         for module in sorted(self.lora_B):
-            B = self.folded_B(module).contiguous()
-            total.update(f"{module}\x00{B.dtype}\x00{tuple(B.shape)}\x00".encode())
-            total.update(B.numpy(force=True).tobytes())
+            for factor in (self.folded_B(module), *(() if self.family else (self.lora_A[module].float(),))):
+                total.update(f"{module}\x00{factor.dtype}\x00{tuple(factor.shape)}\x00".encode())
+                total.update(factor.contiguous().numpy(force=True).tobytes())
         return total.hexdigest()
 
     def folded(self) -> dict[str, Tensor]:
@@ -301,6 +304,11 @@ def _base_of(value: object, folder: Path) -> BaseIdentity | None:
     return BaseIdentity(str(value["name"]), str(value["sha256"]))
 
 
+def is_privacy(value: object, *, below: float) -> bool:
+    """Whether this can be an ε or a δ: None, or a number from 0 to below `below`."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < below)
+
+
 def provenance_of(value: object, *, where: object) -> Provenance:
     """The provenance in a JSON object.
 
@@ -318,4 +326,11 @@ def provenance_of(value: object, *, where: object) -> Provenance:
             where=where,
             remedy="save the adapter again",
         )
+    for key, most in (("epsilon", math.inf), ("delta", 1.0)):
+        if not is_privacy(row.get(key), below=most):
+            raise FormatError(
+                f"key 'provenance.{key}' is {row[key]}",
+                where=where,
+                remedy="ask for the adapter again: it says nothing",
+            )
     return Provenance(**row)

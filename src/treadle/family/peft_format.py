@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,7 @@ from treadle.family.plan import ModulePlan, RankPlan
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_ALL_LINEAR, _AGAIN = "all-linear", "save the adapter again"
 _ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Config key → why an adapter that sets it is not of the form B·A·x.
@@ -115,6 +118,7 @@ def read(folder: Path) -> PeftFolder:
         raise InputError(f"{WEIGHTS} is missing", where=folder, remedy="copy the whole adapter folder")
     lora_A, lora_B = _sides(folder / WEIGHTS, read_tensors(folder / WEIGHTS))
     plan = _plan_of(folder, config, lora_A, lora_B)
+    _check_targets(folder, config, plan)
     task = config.get("task_type")
     return PeftFolder(
         plan, lora_A, lora_B, str(config.get("base_model_name_or_path") or ""), str(task) if task else None
@@ -182,27 +186,52 @@ def _plan_of(
     modules: dict[str, ModulePlan] = {}
     for name, A in lora_A.items():
         B = lora_B[name]
-        rank = int(rank_of(name))
+        rank = rank_of(name)
         if A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] == rank:
             raise FormatError(
-                f"{name!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, its rank is {rank}",
+                f"{name!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, its rank is {rank:g}",
                 where=folder,
                 remedy="save the adapter again",
             )
         alpha = alpha_of(name)
         effective = alpha * rank**0.5 if config.get("use_rslora") else alpha  # rsLoRA scales by alpha/√r
-        modules[name] = ModulePlan(rank, effective, A.shape[1], B.shape[0])
+        modules[name] = ModulePlan(int(rank), effective, A.shape[1], B.shape[0])
     return RankPlan(modules, {"allocator": "foreign"})
+
+
+def _check_targets(folder: Path, config: Mapping[str, object], plan: RankPlan) -> None:
+    """Return if PEFT, given this config, adapts every module that is stored; it passes over tensors of others.
+
+    Raises:
+        FormatError: it would not.
+    """
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    targets = SimpleNamespace(**{key: config.get(key) for key in keys})
+    if targets.target_modules is None:  # PEFT then has a list for the model's type
+        return
+    if isinstance(targets.target_modules, str) and targets.target_modules.lower() == _ALL_LINEAR:
+        targets.target_modules = ".*"
+    for name in plan.modules:
+        try:
+            adapted = check_target_module_exists(targets, name)
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise FormatError(f"its targets cannot be read ({error})", where=folder / CONFIG, remedy=_AGAIN) from error
+        if not adapted:
+            raise FormatError(
+                f"{name!r} is stored, and the config does not target it", where=folder / CONFIG, remedy=_AGAIN
+            )
 
 
 def _pattern(config: Mapping[str, object], key: str, default: str) -> Callable[[str], float]:
     """How PEFT looks a module's rank or alpha up: first matching pattern key, else the default."""
     pattern, fallback = config.get(key) or {}, config.get(default)
-    if not isinstance(pattern, dict) or not isinstance(fallback, int | float):
+    values = [*pattern.values(), fallback] if isinstance(pattern, dict) else [None]
+    if any(not isinstance(value, int | float) or isinstance(value, bool) for value in values):
         raise FormatError(
-            f"keys {key!r} and {default!r} must be an object and a number",
+            f"keys {key!r} and {default!r} must be an object of numbers and a number",
             where=CONFIG,
             remedy="save the adapter again",
         )
+    assert isinstance(pattern, dict)
     keys: Iterable[str] = [str(k) for k in pattern]
     return lambda name: float(pattern.get(get_pattern_key(list(keys), name), fallback))

@@ -170,7 +170,7 @@ class RankPlan:
         """The plan that `to_json` wrote.
 
         Raises:
-            FormatError: a key is missing, of a wrong type, or a module stands there twice.
+            FormatError: a key is missing, of a wrong type or range, or a module stands there twice.
         """
         if content.get("format") != FORMAT:
             raise FormatError(
@@ -180,7 +180,10 @@ class RankPlan:
         if not isinstance(rows, list) or not isinstance(provenance, dict):
             raise FormatError("key 'modules' must be a list, 'provenance' an object", where=where, remedy="plan again")
         modules = read_modules(rows, _module_of, where=where, remedy="plan again")
-        return RankPlan(modules, {str(key): str(value) for key, value in provenance.items()})
+        try:
+            return RankPlan(modules, {str(key): str(value) for key, value in provenance.items()})
+        except InputError as error:
+            raise FormatError(str(error), where=where) from error
 
     def save(self, path: Path) -> None:
         """Write plan.json at `path`, whole or not at all."""

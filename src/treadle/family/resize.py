@@ -16,7 +16,7 @@ from torch import Tensor
 from treadle import randomness
 from treadle.algebra import orthonormal_factors, update_norms
 from treadle.errors import MismatchError
-from treadle.family.adapter import Adapter
+from treadle.family.adapter import Adapter, within
 from treadle.family.family import INITS, AdapterFamily
 from treadle.family.plan import ModulePlan, RankPlan
 
@@ -167,7 +167,8 @@ def _closest(adapter: Adapter, name: str, A: Float[Tensor, "rank inner"], row: M
     """The B of `A` that comes closest to the adapter's update of this module, and ‖ΔW' − ΔW‖_F."""
     own, before = adapter.lora_A[name].float(), adapter.plan.modules[name]
     width = min(len(own), len(A))
-    if torch.equal(own[:width], A[:width]) and row.scaling == before.scaling and len(A) >= len(own):
+    alike = math.isclose(row.scaling, before.scaling, rel_tol=1e-12)  # s·r/r is not always s
+    if alike and torch.equal(own[:width], A[:width]) and len(A) >= len(own):
         stored = adapter.lora_B[name].float()
         return torch.nn.functional.pad(stored, (0, len(A) - len(own))), 0.0
     folded = adapter.folded_B(name).double()
@@ -218,8 +219,9 @@ def truncated(adapter: Adapter, plan: RankPlan) -> Resized:
         _change(adapter, name, modules[name].rank if name in modules else 0, None) for name in adapter.plan.modules
     ]
     ranks = RankPlan(modules, plan.provenance)
-    made = Resized(replace(adapter, plan=ranks, lora_A=A, lora_B=B, family=None, known_digest=None), tuple(changes))
-    return _noted(made, adapter)
+    told = within(ranks, adapter.provenance)  # the plan's text decided these ranks too
+    made = replace(adapter, plan=ranks, lora_A=A, lora_B=B, provenance=told, family=None, known_digest=None)
+    return _noted(Resized(made, tuple(changes)), adapter)
 
 
 def _noted(made: Resized, before: Adapter) -> Resized:

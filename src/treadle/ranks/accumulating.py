@@ -72,7 +72,7 @@ def perturbation_accumulating(
         that has piled up is unknown to us.
     """
     chosen = settings or AccumulatingSettings()
-    recipe = Recipe(NAME, asdict(chosen), chosen.trials, seed)
+    recipe = Recipe(NAME, asdict(chosen), chosen.trials, seed, independent=False)
     probing = Probing.begin(recipe, model, inputs, shapes, progress=progress, partial=partial)
     with torch.no_grad(), _restored(list(probing.layers.values()), bias=chosen.bias):
         _pile_up(probing, chosen, observer(model, chosen.output))

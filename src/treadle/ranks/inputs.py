@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.data.prompts import Example
+from treadle.data.prompts import Example, cut_prompt
 from treadle.data.public_text import public_texts
 from treadle.errors import InputError
 
@@ -92,7 +92,7 @@ class ProbeInputs:
         tokens: int = 64,
         batch: int = 8,
     ) -> "ProbeInputs":
-        """Prompts with their answers as labels: the last `tokens` tokens of each, batched as texts are.
+        """Prompts with their answers as labels, cut to `tokens` tokens as training cuts them, batched as texts are.
 
         Args:
             tokenizer: the model's.
@@ -139,7 +139,12 @@ def _labelled(
     place: tuple[str, int],
 ) -> tuple[list[int], list[int] | int]:
     where, tokens = place
-    prompt = list(tokenizer(example.prompt)["input_ids"])
+    encoding = tokenizer(example.prompt, return_special_tokens_mask=True)
+    prompt, special = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
+
+    def cut(room: int) -> list[int]:
+        return prompt if len(prompt) <= room else list(cut_prompt(prompt, special, room))
+
     if classes is not None:
         answer = example.completion.strip()
         if answer not in classes:
@@ -148,7 +153,7 @@ def _labelled(
             )
         if len(prompt) < 2:
             raise InputError("it has fewer than two tokens", where=where, remedy="give longer texts")
-        return prompt[:tokens], int(classes[answer])
+        return cut(tokens), int(classes[answer])
     target = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
     if not target or not prompt:
         raise InputError("its prompt or its answer has no token", where=where, remedy="drop it or fill its fields")
@@ -158,5 +163,5 @@ def _labelled(
         raise InputError(
             f"its answer alone has {len(target)} tokens of {tokens}", where=where, remedy="allow more tokens"
         )
-    prompt = prompt[-(tokens - len(target)) :]
-    return prompt + target, [IGNORED] * len(prompt) + target
+    kept = cut(tokens - len(target))
+    return kept + target, [IGNORED] * len(kept) + target

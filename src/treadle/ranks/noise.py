@@ -8,6 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from treadle.errors import InputError
+
+_LEAST_IN_HALF = 0.1  # below, scores in bfloat16 are up to eleven times those in float32
+
 
 def drawn(*key: str | int) -> torch.Generator:
     """The generator of one draw, a function of its key; on the CPU, so that no device changes what is drawn."""
@@ -29,7 +33,11 @@ def deviation(tensor: Float[Tensor, "..."]) -> Float[Tensor, ""]:
 
 
 def noisy(tensor: Float[Tensor, "*shape"], scale: float, generator: torch.Generator) -> Float[Tensor, "*shape"]:
-    """The tensor plus independent noise from N(0, (scale·std)²), std being its own."""
+    """The tensor plus independent noise from N(0, (scale·std)²), std being its own.
+
+    Raises:
+        InputError: the noise would be lost in the rounding of half precision.
+    """
     return _added(tensor, torch.randn(tensor.shape, generator=generator), scale)
 
 
@@ -43,6 +51,11 @@ def noisy_at_rank(
 
 
 def _added(tensor: Tensor, noise: Tensor, scale: float) -> Tensor:
+    if tensor.dtype in (torch.float16, torch.bfloat16) and scale < _LEAST_IN_HALF:
+        raise InputError(
+            f"noise of scale {scale} drowns in the rounding of {str(tensor.dtype).removeprefix('torch.')}",
+            remedy=f"probe in float32, or with a scale of at least {_LEAST_IN_HALF}",
+        )
     return tensor + (noise.to(tensor.device) * (scale * deviation(tensor))).to(tensor.dtype)
 
 

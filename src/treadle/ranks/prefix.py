@@ -2,15 +2,21 @@
 
 A clean run records the output of every block (the children of the model's outermost ModuleLists) and the order in
 which things happened. When layer m alone is changed, a block that finished before m was first called gives the same
-output again, so its `forward` is replaced by one that returns a copy of the recorded output. Nothing is assumed about
-the architecture; where blocks are not found, or run more than once, nothing is skipped.
+output again, so its `forward` is replaced by one that returns a copy of the recorded output. Where blocks are not
+found, or run more than once, nothing is skipped; nor where a block also acts by other ways than its output, such as a
+dictionary of keys and values that later blocks read: runs that skip as many blocks as each layer may must say what the
+clean one did. What a block keeps on the model from one run to the next is not seen.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+
+from treadle.ranks.outputs import is_out_of_memory
+
+_SAME = 1e-3  # relative; kernels of accelerators may sum in another order, and half precision rounds
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,24 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], 
         output = run()
     for name in layers:
         skippable.setdefault(name, len(finished))
-    return Recording(output, tuple(finished), skippable, rows)
+    recording = Recording(output, tuple(finished), skippable, rows)
+    return recording if _replays(recording, run) else replace(recording, skippable=dict.fromkeys(layers, 0))
+
+
+def _replays(recording: Recording, run: Callable[[], Tensor]) -> bool:
+    """Whether the model says the same with as many blocks skipped as each layer may skip."""
+    by_count = {count: name for name, count in recording.skippable.items() if count > 0}
+    for name in by_count.values():
+        try:
+            with skipping(recording, name):
+                again = run()
+        except Exception as error:  # it lacks what a skipped block would have left for it
+            if is_out_of_memory(error):
+                raise
+            return False
+        if not (again - recording.output).norm() <= _SAME * recording.output.norm():
+            return False
+    return True
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

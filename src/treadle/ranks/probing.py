@@ -16,16 +16,21 @@ from treadle.ranks.scores import ModuleScore, ProbeScores, Value
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done: the probe's name, its settings, how many trials they ask for, and the seed of its draws."""
+    """What is done: the probe's name, its settings, how many trials they ask for, and the seed of its draws.
+
+    `independent`: a trial's values are the same however many there are.
+    """
 
     probe: str
     settings: Mapping[str, Value]
     trials: int
     seed: int
+    independent: bool = True
 
     def facts(self) -> dict[str, object]:
-        """What decides a value; more trials add values and change none."""
-        kept = {key: value for key, value in self.settings.items() if key not in ("trials", "projections")}
+        """What decides a value: where trials are independent, more of them add values and change none."""
+        added = ("trials", "projections") if self.independent else ()
+        kept = {key: value for key, value in self.settings.items() if key not in added}
         return {"probe": self.probe, "settings": kept, "seed": self.seed}
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean, variance
 from types import MappingProxyType
 
+from scipy.stats import t as student_t
+
 from treadle import files
 from treadle.errors import FormatError, InputError
 from treadle.family.plan import LayerShape, read_modules
@@ -44,12 +46,25 @@ class ModuleScore:
     def standard_error(self) -> float:
         """Of the mean, from the spread over trials and, added to it, the spread over texts.
 
-        A single trial or a single text tells nothing of its spread and adds 0. The two are added as if nothing
-        were shared between them, which errs on the large side.
+        The two are added as if nothing were shared between them, which errs on the large side; but a single trial or a
+        single text tells nothing of its spread and adds 0, so that one trial of noise looks surer than it is.
         """
+        return math.sqrt(sum(variance(means) / len(means) for means in self._spreads))
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the mean's 95% interval by Student's t, with the fewer of trials and texts less one as its
+        degrees of freedom; 0 where neither spread is known.
+        """
+        freedom = min((len(means) for means in self._spreads), default=1) - 1
+        return float(student_t.ppf(0.975, freedom)) * self.standard_error if freedom else 0.0
+
+    @property
+    def _spreads(self) -> list[list[float]]:
+        """The means by trial and by text, where there are several."""
         trials = [fmean(row) for row in self.values]
         texts = [fmean(column) for column in zip(*self.values, strict=True)]
-        return math.sqrt(sum(variance(means) / len(means) for means in (trials, texts) if len(means) > 1))
+        return [means for means in (trials, texts) if len(means) > 1]
 
 
 @dataclass(frozen=True)

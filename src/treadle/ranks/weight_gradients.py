@@ -23,6 +23,12 @@ class _Seen:
     inputs: list[Tensor] = field(default_factory=list[Tensor])
     gradients: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     products: Tensor | None = None  # x_s·x_t, the same for every scalar
+    versions: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the model has written to an input since the layer read it."""
+        return any(x._version != version for x, version in self.versions)
 
 
 def squared_norms(
@@ -46,7 +52,7 @@ def squared_norms(
         take: told of each scalar as it is done.
 
     Raises:
-        UnsupportedError: a layer's input is not laid out by texts.
+        UnsupportedError: a layer's input is not laid out by texts, or is written to behind the layer.
     """
     seen = {name: _Seen() for name in layers}
     roots: list[Tensor] = []
@@ -57,6 +63,10 @@ def squared_norms(
             output = run()
         texts = len(output)
         for name, layer_seen in seen.items():
+            if layer_seen.overwritten:
+                raise UnsupportedError(
+                    "its input is changed in place", where=name, remedy="leave this module out of the plan"
+                )
             if any(len(x) != texts for x in layer_seen.inputs):
                 raise UnsupportedError(
                     "the rows of its input are not the texts", where=name, remedy="leave this module out of the plan"
@@ -85,9 +95,10 @@ def _watching(seen: _Seen, roots: list[Tensor]) -> Callable[[nn.Module, tuple[Te
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         call = len(seen.inputs)
         seen.inputs.append(_by_text(inputs[0].detach()))
+        seen.versions.append((inputs[0], inputs[0]._version))
         if not output.requires_grad:
-            output = output.detach().requires_grad_()
-            roots.append(output)
+            roots.append(output.detach().requires_grad_())
+            output = roots[-1].clone()  # a leaf must not be added to in place, as some blocks do
 
         def take(gradient: Tensor) -> None:
             seen.gradients[call] = _by_text(gradient)

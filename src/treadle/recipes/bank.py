@@ -89,6 +89,8 @@ def build_bank(
     opened = [Adapter.load(path.folder, family=members, name=path.name) for path in adapters]
     bank = AdapterBank.build(members, opened, access=access)
     with _alone(folder, progress):
+        if folder.exists():  # somebody else was quicker
+            raise InputError("already exists", where=folder, remedy="choose another folder, or add to this bank")
         return _written(folder, bank, progress) if source is None else _stored(folder, bank, source, base, progress)
 
 

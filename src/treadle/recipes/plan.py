@@ -7,8 +7,9 @@ r_m ∝ d_m,  Σ c_m r_m ≤ budget                         (or another rule's s
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,28 +21,33 @@ from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
-from treadle.ranks.allocation import allocate, plan_of_scores
+from treadle.ranks.allocation import Budget, allocate, plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probes import ProbeSettings, probe_scores
 from treadle.ranks.scores import ProbeScores
-from treadle.ranks.stability import until_settled
+from treadle.ranks.stability import Settled, until_settled
 from treadle.recipes.rank_peers import Peer, check_names, is_probe, name_of, peer_of, settings_of
 from treadle.recipes.train import examples_of
 from treadle.train.objectives import Kind, kind_of
 from treadle.train.rows import classes_of
 
 PLAN, SCORES = "plan.json", "scores.json"
+_TRIALS = ("trials", "projections")  # more of them are surer, and not of another kind
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the scores that it was made of, and the peers that it is held against; all of it stands in `folder`."""
+    """A plan, the scores that it was made of, and the peers that it is held against; all of it stands in `folder`.
+
+    `settled`: whether more trials would have left its ranks as they are, where that was asked for.
+    """
 
     folder: Path
     plan: RankPlan
     scores: ProbeScores
     peers: tuple[Peer, ...] = ()
+    settled: Settled | None = None
 
 
 def plan(config: PlanRun, progress: Progress = silent) -> Planned:
@@ -58,11 +64,11 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     base = identity_of(config.base)
     tokenizer, model = load_tokenizer(config.base), load_model(config.base, device=config.device)
     shapes = linear_shapes(model, config.modules)
-    _ = _shared(dict.fromkeys(shapes, 1.0), shapes, config)  # what no score can mend is said before minutes of work
+    _check_budget(shapes, config)
     inputs = probe_inputs(config, model, tokenizer)
     begun: list[Path] = []
 
-    def probed(settings: ProbeSettings) -> ProbeScores:
+    def probed(settings: ProbeSettings) -> ProbeScores | Settled:
         path = config.out.with_name(f".{config.out.name}.{name_of(settings)}.probe")
         begun.append(path)
         partial = PartialProbe(path)
@@ -76,10 +82,11 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
         return _settled(config, settings, scores_of)
 
     budget = config.budget_for(shapes)
-    mean_rank = budget.value // sum(map(budget.cost, shapes.values()))
-    scores = probed(config.probe)
-    others = {name: probed(settings_of(name, mean_rank=mean_rank)) for name in config.compare if is_probe(name)}
-    made = _stored(config, scores, others)
+    mean_rank = _mean_rank(budget, shapes)
+    own = probed(config.probe)
+    found = {name: probed(settings_of(name, mean_rank=mean_rank)) for name in config.compare if is_probe(name)}
+    made = _stored(config, _scores(own), {name: _scores(other) for name, other in found.items()})
+    made = replace(made, settled=own if isinstance(own, Settled) else None)
     for path in begun:
         path.unlink(missing_ok=True)
     return made
@@ -103,13 +110,29 @@ def replan(config: Replan) -> Planned:
             where=config.scores,
             remedy="name that base or probe again",
         )
-    others = {name: _beside(config.scores, name, scores) for name in config.compare if is_probe(name)}
-    return _stored(config, scores, others)
+    budget = config.budget_for(scores.shapes())
+    others = {name: _beside(config.scores, name, scores, budget) for name in config.compare if is_probe(name)}
+    return _stored(config, scores, others, kept=_measured_there(config, others))
 
 
-def _beside(path: Path, name: str, scores: ProbeScores) -> ProbeScores:
+def _measured_there(config: Replan, others: Mapping[str, ProbeScores]) -> dict[str, bytes]:
+    """File name → content of the scores in a folder that is planned in again: what was measured outlives that."""
+    if config.out.resolve() != config.scores.parent.resolve():
+        return {}
+    kept = {path.name: path.read_bytes() for path in config.out.glob("scores-*.json")}
+    present = config.out / SCORES
+    if config.scores.name != SCORES and present.exists():
+        kept[_scores_of(ProbeScores.load(present).probe)] = present.read_bytes()
+    return {name: content for name, content in kept.items() if name not in map(_scores_of, others)}
+
+
+def _scores_of(probe: str) -> str:
+    return f"scores-{probe}.json"
+
+
+def _beside(path: Path, name: str, scores: ProbeScores, budget: Budget) -> ProbeScores:
     """The scores of another probe of the same modules, which an earlier plan has left beside its own."""
-    beside = path.with_name(f"scores-{name}.json")
+    beside = path.with_name(_scores_of(name))
     if not beside.exists():
         raise InputError(
             f"there is no {beside.name} beside the scores, and {name!r} needs the model",
@@ -121,7 +144,22 @@ def _beside(path: Path, name: str, scores: ProbeScores) -> ProbeScores:
         raise MismatchError(
             "scores of another base, other modules or another probe", where=beside, remedy="probe again"
         )
+    wanted = asdict(settings_of(name, mean_rank=_mean_rank(budget, scores.shapes())))
+    differs = [key for key, value in wanted.items() if key not in _TRIALS and found.settings.get(key) != value]
+    if (found.seed, found.text) != (scores.seed, scores.text):
+        differs.append("seed or text")
+    if differs:
+        raise MismatchError(
+            f"measured with other settings ({', '.join(differs)})",
+            where=beside,
+            remedy=f"run treadle plan RUN.toml --compare {name}",
+        )
     return found
+
+
+def _mean_rank(budget: Budget, shapes: Mapping[str, LayerShape]) -> int:
+    """The rank that the budget gives to every module alike, rounded down."""
+    return budget.value // sum(map(budget.cost, shapes.values()))
 
 
 def probe_inputs(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ProbeInputs:
@@ -153,9 +191,13 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
         raise InputError("already exists", where=out, remedy="choose another name or set overwrite")
 
 
+def _scores(probed: ProbeScores | Settled) -> ProbeScores:
+    return probed.scores if isinstance(probed, Settled) else probed
+
+
 def _settled(
     config: PlanRun, settings: ProbeSettings, scores_of: Callable[[ProbeSettings], ProbeScores]
-) -> ProbeScores:
+) -> ProbeScores | Settled:
     """The scores by these settings or, where it is asked for, by as many trials as leave the ranks as they are."""
     key = trials_of(settings)
     if config.settle is None or key is None:
@@ -170,15 +212,27 @@ def _settled(
         found = _shared(scores, shapes, config).modules
         return {name: found[name].rank if name in found else 0 for name in shapes}
 
-    return until_settled(with_trials, ranks, rule=config.settle, seed=config.seed).scores
+    return until_settled(with_trials, ranks, rule=config.settle, seed=config.seed)
+
+
+def _check_budget(shapes: Mapping[str, LayerShape], config: Shares) -> None:
+    """Say what no score can mend before minutes of work; how a rule rounds equal scores tells nothing of others."""
+    settings = replace(config.allocation, rule="largest-remainder", minimum=config.allocation.least)
+    allocate(dict.fromkeys(shapes, 1.0), shapes, budget=config.budget_for(shapes), settings=settings)
 
 
 def _shared(scores: Mapping[str, float], shapes: Mapping[str, LayerShape], config: Shares) -> RankPlan:
     return allocate(scores, shapes, budget=config.budget_for(shapes), settings=config.allocation)
 
 
-def _stored(config: PlanRun | Replan, scores: ProbeScores, others: Mapping[str, ProbeScores]) -> Planned:
-    """The plan and its peers, once they are written; `others` are the scores of the peers that are probes."""
+def _stored(
+    config: PlanRun | Replan,
+    scores: ProbeScores,
+    others: Mapping[str, ProbeScores],
+    *,
+    kept: Mapping[str, bytes] = MappingProxyType({}),
+) -> Planned:
+    """The plan and its peers, once they are written with the scores of the peers that are probes, and other files."""
     budget, settings = config.budget_for(scores.shapes()), config.allocation
     made = plan_of_scores(scores, budget=budget, settings=settings)
     peers = [
@@ -189,5 +243,7 @@ def _stored(config: PlanRun | Replan, scores: ProbeScores, others: Mapping[str, 
         scores.save(folder / SCORES)
         made.save(folder / PLAN)
         for name, found in others.items():
-            found.save(folder / f"scores-{name}.json")
+            found.save(folder / _scores_of(name))
+        for name, content in kept.items():
+            files.write_bytes(folder / name, content)
     return Planned(config.out, made, scores, tuple(peers))

@@ -102,7 +102,8 @@ def peer_of(
     own = levelled[name] if name in levelled else (measured or scores).means()
     # A rule that weighs by size would not give equal scores equal ranks, and uniform means those.
     rule = "largest-remainder" if name == "uniform" else next((rule for rule in RULES if rule == name), settings.rule)
-    shared = allocate(own, scores.shapes(), budget=budget, settings=replace(settings, rule=rule))
+    limits = replace(settings, rule=rule, minimum=settings.least)  # the plan's own, not the rule's
+    shared = allocate(own, scores.shapes(), budget=budget, settings=limits)
     ranks, planned = ranks_of(shared, scores), ranks_of(plan, scores)
     sizes = {module: shape.in_features + shape.out_features for module, shape in scores.shapes().items()}
     return Peer(

@@ -84,8 +84,9 @@ def _parameter_map(made: Planned, ranks: Mapping[str, int]) -> Markup:
 def _depth(scores: Mapping[str, ModuleScore]) -> Markup | None:
     """Scores over the layers, a line a kind; None where the model has no layers to speak of."""
     lines: dict[str, list[float]] = {}
-    for name, (_, kind) in placed(list(scores)).items():
-        lines.setdefault(kind, []).append(scores[name].mean)
+    for name, (row, kind) in placed(list(scores)).items():
+        stack = row.rpartition(" ")[0]
+        lines.setdefault(f"{stack} {kind}".strip(), []).append(scores[name].mean)
     lines = {kind: line for kind, line in lines.items() if len(line) > 1}
     if not lines:
         return None
@@ -99,14 +100,18 @@ def _depth(scores: Mapping[str, ModuleScore]) -> Markup | None:
 def _intervals(scores: Mapping[str, ModuleScore]) -> Markup:
     """The highest scores with their 95% intervals, as shares of the highest end of one."""
     first = sorted(scores, key=lambda name: -scores[name].mean)[:_SHOWN]
-    top = max(scores[name].mean + 1.96 * scores[name].standard_error for name in first) or 1.0
+    beyond = {name: scores[name].margin for name in first}
+    top = max(scores[name].mean + beyond[name] for name in first) or 1.0
     dots: list[Dot] = []
     for name in first:
-        mean, error = scores[name].mean, 1.96 * scores[name].standard_error
+        mean, error = scores[name].mean, beyond[name]
         low, high = max(0.0, mean - error), mean + error
         tip = f"{name}: {mean:.4g} [{low:.4g}, {high:.4g}]"
         dots.append(Dot(name, "score", mean / top, low / top, high / top, tip))
-    return dot_chart(dots, ["score"], title="highest scores, with 95% intervals")
+    over = {(len(score.values) > 1, len(score.values[0]) > 1) for score in scores.values()}
+    told = {(True, True): "trials and texts", (True, False): "trials alone", (False, True): "texts alone"}
+    kind = f", with 95% intervals over {told[next(iter(over))]}" if len(over) == 1 and over <= set(told) else ""
+    return dot_chart(dots, ["score"], title=f"highest scores{kind}")
 
 
 def _correlation(value: float | None) -> str:

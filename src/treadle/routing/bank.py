@@ -11,7 +11,7 @@ from treadle.errors import InputError, MismatchError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import adapted_layers
-from treadle.models.loading import load_model, load_tokenizer
+from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.routing.access import Labels
 from treadle.routing.calibration import Calibration, Statistics, calibrate, completed
@@ -130,9 +130,17 @@ class AdapterBank:
 
         Raises:
             InputError: the calibration has no usable text.
-            MismatchError: the model lacks a layer that an adapter changes.
+            MismatchError: the model lacks a layer that an adapter changes, or its name leads to another one.
         """
-        model = model or load_model(self.family.base.name)
+        if model is None:
+            base = self.family.base
+            if identity_of(base.name) != base:
+                raise MismatchError(
+                    "the model of this name has other weights than the bank's base",
+                    where=base.name,
+                    remedy="pass the model and its tokenizer",
+                )
+            model = load_model(base.name)
         tokenizer = tokenizer or load_tokenizer(self.family.base.name)
         return self.with_statistics(
             calibrate(model, tokenizer, self.layers, self.adapters, calibration, progress=progress)

@@ -32,7 +32,7 @@ from treadle.family.plan import RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.routing.access import Labels, checked_labels
 from treadle.routing.bank import Access, AdapterBank
-from treadle.routing.bank_versions import METADATA, archive, bank_digest, metadata_of, number_of, sweep
+from treadle.routing.bank_versions import METADATA, archive, bank_digest, metadata_of, number_of, sweep, tensor_files
 from treadle.routing.calibration import LatentMoments, Method, PromptStatistics, Statistics
 from treadle.routing.factors import Group, LayerFactors, assemble, grouped
 
@@ -52,6 +52,7 @@ class MappedTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path, prefix: str) -> None:
         self.path = path
         self._prefix = prefix
+        self._guarded = False
         with self._opened() as file:
             self._names = [key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
 
@@ -83,7 +84,14 @@ class MappedTensors(Mapping[str, Tensor]):
                         remedy="restore or rebuild the bank",
                     )
 
+    def guard(self) -> None:
+        """Have the file's digest checked when a tensor is next read: opening a bank must not read every adapter."""
+        self._guarded = True
+
     def __getitem__(self, name: str) -> Tensor:
+        if self._guarded:
+            _check_digest(self.path)
+            self._guarded = False
         with self._opened() as file:
             try:
                 return file.get_tensor(self._prefix + name)
@@ -107,6 +115,7 @@ def save_bank(bank: AdapterBank, folder: Path, *, passages: Sequence[str] = ()) 
 
     Raises:
         InputError: the folder holds a bank of another family, or something else than a bank.
+        FormatError: its `adapters` is a link out of it.
         UnavailableError: the disk refuses.
     """
     if not folder.exists() or not any(folder.iterdir()):
@@ -119,6 +128,7 @@ def save_bank(bank: AdapterBank, folder: Path, *, passages: Sequence[str] = ()) 
     if AdapterFamily.load(folder / "family").fingerprint != bank.family.fingerprint:
         raise InputError("the folder holds a bank of another family", where=folder, remedy="choose another folder")
     present = number_of(files.read_json(folder / METADATA), where=folder / METADATA)
+    files.contained(folder, "adapters")  # a link would have them written, and swept, elsewhere
     _write(bank, folder, passages, version=present + 1)
     sweep(folder)
 
@@ -307,7 +317,7 @@ def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]
     if row["family"] not in (None, family.fingerprint):
         raise FormatError(f"{name!r} is of another family", where=folder / METADATA, remedy="rebuild the bank")
     lora_B.check({module: (layer.out_features, layer.rank) for module, layer in plan.modules.items()})
-    return Adapter(
+    adapter = Adapter(
         name,
         plan,
         lora_A,
@@ -319,6 +329,8 @@ def _open_adapter(folder: Path, family: AdapterFamily, row: Mapping[str, object]
         bool(row["transposed"]),
         known_digest=str(row["folded_B_sha256"]),
     )
+    lora_B.guard()
+    return adapter
 
 
 def _read_checked(path: Path) -> dict[str, Tensor]:
@@ -395,7 +407,7 @@ def verify_bank(folder: Path) -> None:
     Raises:
         FormatError: a file was changed, or an adapter's digest is not that of its lora_B.
     """
-    for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
+    for file in tensor_files(folder):
         _check_digest(file)
     for adapter in load_bank(folder).adapters:
         if replace(adapter).digest != adapter.digest:

@@ -7,6 +7,7 @@ it and its last predecessors name is there. Numbers only grow; going back to a v
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ KEPT = 10
 """Versions whose files stay, the present one included."""
 
 _FOLDER = "versions"
+_HEX = "[0-9a-f]" * 16
+_OWN_FILE = re.compile(f"(factors|calibration)-{_HEX}")
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,23 @@ def sweep(folder: Path, *, keep: int = KEPT) -> None:
             continue
         with contextlib.suppress(FormatError):  # nobody can go back to a damaged version, so it keeps no file
             named |= set(_texts(files.read_json(path)))
-    for file in (*folder.glob("*.safetensors"), *(folder / "adapters").glob("*.safetensors")):
+    for file in tensor_files(folder):
         if file.relative_to(folder).as_posix() not in named:
             _unlink(file)
-    for file in folder.glob("public-text-*.json"):
+    for file in folder.glob(f"public-text-{_HEX}.json"):
         if not any(text.startswith(file.stem.removeprefix("public-text-")) for text in named):
             _unlink(file)
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The files of tensors that look like a bank's own: whatever else somebody put there is not the bank's to touch.
+
+    Raises:
+        FormatError: `adapters` is a link out of the folder.
+    """
+    adapters = files.contained(folder, "adapters")
+    found = [file for file in folder.glob("*.safetensors") if _OWN_FILE.fullmatch(file.stem)]
+    return found + [folder / "adapters" / file.name for file in adapters.glob(f"*-{_HEX}.safetensors")]
 
 
 def _unlink(file: Path) -> None:

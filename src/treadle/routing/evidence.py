@@ -59,7 +59,7 @@ def prompt_evidence(
         counts = torch.stack([tally.counts for tally in tallies.values()]).sum(0)
         tokens, running = sums / counts, (sums * weighted).cumsum(0) / (counts * weighted).cumsum(0)
     else:
-        weights = {module: model.prompts.weight[module].nan_to_num()[keep] for module in tallies}
+        weights = {module: model.prompts.weight_of(module)[keep] for module in tallies}
         parts = [tally.sums * weights[module] for module, tally in tallies.items()]
         tokens = torch.stack(parts).sum(0) - model.prompts.centre[keep]
         running = (tokens * weighted).cumsum(0) / weighted.cumsum(0)

@@ -93,10 +93,14 @@ def joined_statistics(
     stds = [{} if source is None else source.std for source in known]
     digests = [("",) * size if source is None else source.B_digests for source, size in zip(known, sizes, strict=True)]
     prompts = [None if source is None else source.prompts for source in known]
+    spent = [source.epsilon for source in known if source is not None]
     return replace(
         first,
         mean={module: columns(means, module) for module in names},
         std={module: columns(stds, module) for module in names},
-        prompts=None if first.prompts is None else joined_prompts(prompts, sizes, order, first.prompts),
+        prompts=None if first.prompts is None else joined_prompts(prompts, sizes, order, first.prompts, names),
         B_digests=tuple(digests[pick.source][pick.place] for pick in picks),
+        # of other silos' data, so that the largest holds for each of them; without a bound there is none at all
+        epsilon=None if None in spent else max(epsilon for epsilon in spent if epsilon is not None),
+        delta=max(source.delta for source in known if source is not None),
     )

@@ -95,9 +95,11 @@ class MatrixPool:
         keep = there.intersection(wanted)
         order = [slot for slot in self._used.argsort(kind="stable").tolist() if self._holders[slot] not in keep]
         for adapter, slot in zip((place for place in wanted if place not in there), order, strict=False):
+            B = self._load(adapter)  # which may fail, and must leave all slots as they are
             if self._holders[slot] >= 0:
                 self._slot[self._holders[slot]] = -1
-            self._fill(slot, self._load(adapter))
+            self._holders[slot] = -1
+            self._fill(slot, B)
             self._holders[slot], self._slot[adapter] = adapter, slot
 
     def _fill(self, slot: int, B: Float[Tensor, "outer rank"]) -> None:

@@ -81,7 +81,7 @@ class PromptTotals:
         home = self.counts.device
         sums, there = [torch.where(layer.eligible, part, 0.0).to(home) for part in sums], there.to(home)
         if self.prompts is not None:
-            weight = self.prompts.weight[layer.factors.module].to(home).nan_to_num() / there.clamp_min(1)
+            weight = self.prompts.weight_of(layer.factors.module).to(home) / there.clamp_min(1)
             value, low, high = (weight * part for part in sums)  # a weight below 0 turns bounds around
             sums = [value, torch.minimum(low, high), torch.maximum(low, high)]
         self.value, self.lower, self.upper = self.value + sums[0], self.lower + sums[1], self.upper + sums[2]

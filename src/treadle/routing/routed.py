@@ -120,7 +120,7 @@ class RoutedModel(nn.Module):
         self._of_prompt = prompt_modules(model, targets)
         self.choosing = prompt_layers(model, bank.layers)
         self.prompts = bank.statistics.prompts if bank.statistics and self.scorer.weighs_layers else None
-        if self.prompts is not None and frozenset(self.prompts.weight) != self.choosing:
+        if self.prompts is not None and not self.prompts.weight.keys() <= self.choosing:
             raise InputError("the bank's public prompts are of other layers", remedy="run `treadle bank calibrate`")
         self._attachment = Attachment(targets, {layer.factors.module: self._delta(layer) for layer in layers})
         self._watches = (

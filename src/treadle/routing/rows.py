@@ -1,6 +1,7 @@
 """Whose token is whose: the rows of a caller's batch in what a layer sees, beams and flattened tokens included."""
 
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Literal
 
 import torch
@@ -39,9 +40,12 @@ def layouts(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> dict[st
         targets: name → layer.
     """
     seen: dict[str, set[Layout | None]] = {}
+    reader = get_ident()
 
     def watch(name: str) -> Callable[..., None]:
         def note(_: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
+            if get_ident() != reader:  # another thread's rows are others
+                return
             x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
             seen.setdefault(name, set()).add(None if x is None else _layout(x))
 

@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 
 from treadle.errors import FormatError, TreadleError
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_present
 from treadle.routing.bank_versions import METADATA, bank_digest
 from treadle.routing.routed import RoutedModel
+
+_PAUSE = 5.0  # seconds before a version that could not be opened is tried again
 
 
 @dataclass
@@ -40,7 +43,7 @@ class LiveBank:
 
     Whoever changes the folder (`treadle bank add`, in any process) changes what the next request gets; requests that
     have begun end on the version that they began with, whose hooks go when the last of them has ended. A version that
-    cannot be opened is left aside: the one before goes on serving, and `failure` says why.
+    cannot be opened is left aside: the one before goes on serving, `failure` says why, and it is tried again.
 
     Args:
         folder: of the bank.
@@ -53,7 +56,7 @@ class LiveBank:
     def __init__(self, folder: Path, wrap: Callable[[AdapterBank], RoutedModel]) -> None:
         self._folder, self._wrap = folder, wrap
         self._refreshing, self._counting = Lock(), Lock()
-        self._seen = self._signature()
+        self._seen, self._tried = self._signature(), monotonic()
         self._now = self._opened()
         self.failure: TreadleError | None = None
 
@@ -63,7 +66,7 @@ class LiveBank:
 
         One thread opens the newer version; the others meanwhile begin on the present one.
         """
-        if self._signature() != self._seen and self._refreshing.acquire(blocking=False):
+        if self._outdated() and self._refreshing.acquire(blocking=False):
             try:
                 self._refresh()
             finally:
@@ -90,7 +93,11 @@ class LiveBank:
         try:
             if bank_digest(self._folder) != self._now.digest:
                 fresh = self._opened()
-                fresh.model.prefetch(self._now.model.wins())  # or the first requests would wait for the disk again
+                try:
+                    fresh.model.prefetch(self._now.model.wins())  # or the first requests would wait for the disk again
+                except Exception:
+                    fresh.model.unwrap()
+                    raise
                 with self._counting:
                     old, self._now = self._now, fresh
                     idle = old.requests == 0
@@ -103,7 +110,13 @@ class LiveBank:
             self.failure = FormatError(
                 f"{type(error).__name__}: {error}", where=self._folder, remedy="restore the bank"
             )
-        self._seen = signature
+        self._seen, self._tried = signature, monotonic()
+
+    def _outdated(self) -> bool:
+        """Whether to look: `bank.json` is another one, or was not whole a while ago and may be by now."""
+        if self._signature() != self._seen:
+            return True
+        return self.failure is not None and monotonic() - self._tried >= _PAUSE
 
     def _opened(self) -> _Serving:
         """The newest version, wrapped."""

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files, randomness
-from treadle.data.prompts import Example
+from treadle.data.prompts import Example, cut_prompt
 from treadle.errors import InputError
 from treadle.train.objectives import Kind, kind_of
 from treadle.train.settings import PrivateSettings, SftSettings
@@ -130,7 +130,7 @@ def _row(
             where=where,
             remedy="raise max_length or set overlong = 'truncate'",
         )
-    return Row(_cut(prompt, special, room), target, truncated=True)
+    return Row(cut_prompt(prompt, special, room), target, truncated=True)
 
 
 def classes_of(model: PreTrainedModel) -> dict[str, int]:
@@ -164,16 +164,6 @@ def _prompt(
     if not encoding["input_ids"]:
         raise InputError("its prompt has no token", where=where, remedy="begin the template with some text")
     return tuple(encoding["input_ids"]), tuple(encoding["special_tokens_mask"])
-
-
-def _cut(prompt: tuple[int, ...], special: tuple[int, ...], room: int) -> tuple[int, ...]:
-    """The last `room` tokens of the prompt, but the special tokens at both ends are kept where they fit."""
-    text = [i for i, is_special in enumerate(special) if not is_special]
-    begin, end = (text[0], text[-1] + 1) if text else (0, len(prompt))
-    kept = room - begin - (len(prompt) - end)
-    if kept < 1:
-        return prompt[-room:]
-    return prompt[:begin] + prompt[end - kept : end] + prompt[end:]
 
 
 def within_budget(rows: Sequence[Row], settings: SftSettings) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +143,20 @@ def test_no_privacy_is_called_none_and_a_budget_is_kept(tmp_path: Path) -> None:
         provenance_of(stored | {"epsilon": "some"}, where="x")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("epsilon", value) for value in (-3.0, float("nan"), float("inf"), True)),
+        *(("delta", value) for value in (-3.0, float("nan"), 1, 1.0, True)),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(key: str, value: float) -> None:
+    stored = asdict(Provenance("dp-sgd", epsilon=0.0, delta=0.0))
+    assert provenance_of(stored | {"epsilon": 1.0, "delta": 0.5}, where="x").delta == 0.5
+    with pytest.raises(FormatError, match=rf"key 'provenance\.{key}' is "):
+        provenance_of(stored | {key: value}, where="x")
+
+
 def test_saving_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter().save(tmp_path / "one")
     with pytest.raises(InputError, match="already exists"):
@@ -181,6 +195,21 @@ def test_the_digest_is_of_the_folded_B_alone() -> None:
         changed = {name: B.clone() for name, B in one.lora_B.items()}
         changed[module][0, 0] = torch.nextafter(changed[module][0, 0], torch.tensor(9.0))
         assert replace(one, lora_B=changed).digest != one.digest
+
+
+def test_a_foreign_digest_is_of_its_own_lora_A_too() -> None:
+    member = adapter()
+    foreign = replace(member, family=None, base=None)
+    other = replace(foreign, lora_A={name: -A for name, A in foreign.lora_A.items()})
+    assert foreign.digest == replace(foreign, name="two").digest
+    assert len({member.digest, foreign.digest, other.digest}) == 3
+    for module in foreign.lora_A:
+        changed = {name: A.clone() for name, A in foreign.lora_A.items()}
+        changed[module][0, 0] = torch.nextafter(changed[module][0, 0], torch.tensor(9.0))
+        assert replace(foreign, lora_A=changed).digest != foreign.digest
+    elsewhere = adapter(family(seed=1))
+    assert not torch.equal(elsewhere.lora_A["z.first"], member.lora_A["z.first"])
+    assert adapter(name="two").digest == elsewhere.digest == member.digest  # the A is the family's, not theirs
 
 
 def test_a_digest_that_is_written_down_is_not_computed() -> None:

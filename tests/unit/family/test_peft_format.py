@@ -143,7 +143,7 @@ def patternless(folder: Path) -> None:
         (weightless, InputError, "adapter_model.safetensors is missing; copy the whole adapter folder"),
         (configless, InputError, r"adapter_config\.json: no such file"),
         (misconfigured, FormatError, r"adapter_config\.json: not valid JSON"),
-        (patternless, FormatError, "keys 'rank_pattern' and 'r' must be an object and a number"),
+        (patternless, FormatError, "keys 'rank_pattern' and 'r' must be an object of numbers and a number"),
     ],
 )
 def test_a_damaged_folder_is_refused(
@@ -153,6 +153,42 @@ def test_a_damaged_folder_is_refused(
     with pytest.raises(error, match=message) as caught:
         read(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": ["layers.1.q_proj"]}, "'model.layers.0.q_proj' is stored, and the config does not target"),
+        ({"target_modules": r".*\.0\.q_proj"}, "'model.layers.1.q_proj' is stored, and the config does not target it"),
+        ({"target_modules": []}, "'model.layers.0.q_proj' is stored"),
+        ({"exclude_modules": ["layers.0.q_proj"]}, "'model.layers.0.q_proj' is stored"),
+        ({"exclude_modules": r".*\.1\.q_proj"}, "'model.layers.1.q_proj' is stored"),
+        ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, "'model.layers.0.q_proj' is stored"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "'model.layers.0.q_proj' is stored"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "keys 'alpha_pattern' and 'lora_alpha' must be an object of numbers"),
+        ({"alpha_pattern": {"q_proj": True}}, "keys 'alpha_pattern' and 'lora_alpha'"),
+        ({"lora_alpha": True}, "keys 'alpha_pattern' and 'lora_alpha'"),
+        ({"rank_pattern": {"q_proj": None}}, "keys 'rank_pattern' and 'r'"),
+        ({"r": 4.5}, r"lora_B \(4, 2\), its rank is 4\.5"),
+        ({"r": 2.5}, r"lora_B \(4, 2\), its rank is 2\.5"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_of_the_stored_tensors_is_refused(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(FormatError, match=message) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "All-Linear", None, ["q_proj"], r"model\.layers\.\d\.q_proj"])
+def test_however_a_config_names_the_stored_modules_it_is_read(folder: Path, targets: object) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"target_modules": targets}))
+    assert list(read(folder).lora_B) == list(SHAPES)
 
 
 def test_no_folder_and_no_file_are_told(tmp_path: Path) -> None:

@@ -128,3 +128,11 @@ def test_a_module_twice_is_refused() -> None:
 )
 def test_a_plan_knows_whether_private_text_decided_it(provenance: dict[str, str], reason: str) -> None:
     assert RankPlan(RankPlan.uniform({"a": LayerShape(4, 4)}, rank=1).modules, provenance).unaccounted == reason
+
+
+def test_a_file_with_an_impossible_rank_is_named(tmp_path: Path) -> None:
+    row = {"name": "m", "rank": 0, "lora_alpha": 1.0, "in_features": 2, "out_features": 2}
+    content = RankPlan.uniform(SHAPES, rank=1).to_json() | {"modules": [row]}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"plan\.json: m: rank 0 is outside 1\.\.2"):
+        RankPlan.load(tmp_path / "plan.json")

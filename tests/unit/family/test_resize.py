@@ -186,3 +186,26 @@ def test_a_plan_on_private_text_takes_the_epsilon_away(plans: SimpleNamespace) -
     assert told.settings["no_epsilon_because"] == "the rank plan was probed on private text"
     assert told.settings["epsilon_of_training_alone"] == 3.0
     assert json.dumps(dict(told.settings))
+
+
+def test_a_truncated_adapter_states_no_epsilon_where_private_text_decided_its_ranks(plans: SimpleNamespace) -> None:
+    private = replace(plans.smaller, provenance={"probe_text": "private"})
+    told = truncated(member_of(family_of(plans.flat, "kaiming")), private).adapter.provenance
+    assert (told.epsilon, told.delta) == (None, None)
+    assert told.settings["epsilon_of_training_alone"] == 3.0
+    assert told.settings["delta_of_training_alone"] == 1e-5
+
+
+@pytest.mark.parametrize("scaling", [0.1, 0.7])
+def test_growing_leaves_B_alone_whatever_the_scaling_rounds_to(plans: SimpleNamespace, scaling: float) -> None:
+    shapes = {name: row.shape for name, row in plans.flat.modules.items()}
+    before, after = (RankPlan.uniform(shapes, rank=rank, scaling=scaling) for rank in (3, 8))
+    assert {row.scaling for row in before.modules.values()} != {row.scaling for row in after.modules.values()}
+    small = family_of(before, "kaiming")
+    adapter = member_of(small)
+    made = resized(adapter, resized_family(small, after))
+    assert {change.lost for change in made.changes} == {0.0}
+    for name, B in adapter.lora_B.items():
+        grown = made.adapter.lora_B[name]
+        assert torch.equal(grown[:, :3].view(torch.uint8), B.view(torch.uint8))
+        assert not grown[:, 3:].any()

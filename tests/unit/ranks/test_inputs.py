@@ -1,10 +1,15 @@
+import copy
+
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from treadle.data.prompts import Example
 from treadle.errors import InputError
 from treadle.ranks.inputs import IGNORED, ProbeInputs
+from treadle.train.rows import encoded
+from treadle.train.settings import SftSettings
 
 
 def test_public_passages_fill_their_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -79,7 +84,7 @@ def test_answers_stand_behind_their_prompts(tiny_tokenizer: PreTrainedTokenizerF
     good, bad = ids("good") + end, ids("not bad") + end
     assert found == {
         (1, *ids("the film is"), *good): (*[IGNORED] * 4, *good),
-        (*ids("w43 w44 w45"), *bad): (*[IGNORED] * 3, *bad),  # the end of a prompt that is too long
+        (1, *ids("w44 w45"), *bad): (*[IGNORED] * 3, *bad),  # the end of a prompt that is too long, behind <bos>
         (1, *ids("why yes"), *end): (IGNORED, IGNORED, *ids("yes"), *end),
     }
     other = ProbeInputs.of_examples(tiny_tokenizer, [Example("the film is", " bad"), *examples[1:]])
@@ -93,6 +98,21 @@ def test_classes_are_labels(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     (batch,), (labels,) = inputs.batches, inputs.labels
     assert batch.shape == (3, 4)
     assert labels.tolist() == [1, 0, 0]
+
+
+def test_a_classifiers_prompt_that_is_too_long_is_cut_as_in_training(
+    tiny_bert: BertForSequenceClassification, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    example = Example("a b c d e f g", "LABEL_1")
+    classes = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    (batch,) = ProbeInputs.of_examples(tokenizer, [example], classes=classes, tokens=5).batches
+    assert tokenizer.convert_ids_to_tokens(batch[0].tolist()) == ["<bos>", "e", "f", "g", "<eos>"]
+    (row,) = encoded(tiny_bert, tokenizer, [example], SftSettings(max_length=5))
+    assert row.prompt == tuple(batch[0].tolist())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from treadle.errors import UnsupportedError
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import LayerShape
 from treadle.ranks.inputs import ProbeInputs
@@ -75,6 +77,31 @@ def test_a_layer_that_runs_several_times_has_one_gradient() -> None:
         assert found.modules[name].values[0] == pytest.approx(values, rel=1e-4)
 
 
+def test_a_watched_output_may_be_added_to_in_place(inputs: ProbeInputs, linear_model: LinearModel) -> None:
+    model = linear_model(12, 20, 15)
+    shapes = {"layers.0": LayerShape(12, 20), "layers.1": LayerShape(20, 15)}
+    settings = JacobianSettings(projections=2)
+    expected = jacobian(model, inputs, shapes, settings=settings).modules
+    first, second = model.get_submodule("layers").children()
+    model.layers = nn.Sequential(first, _AddsOne(), second)
+    found = jacobian(
+        model, inputs, {"layers.0": shapes["layers.0"], "layers.2": shapes["layers.1"]}, settings=settings
+    ).modules
+    assert found["layers.0"] == expected["layers.0"]
+    with torch.no_grad():
+        hidden = first(torch.cat([model.get_submodule("embedding")(ids[:, -1]) for ids in inputs.batches]))
+    longer = (hidden + 1).norm(dim=1) / hidden.norm(dim=1)
+    wanted = torch.tensor(expected["layers.1"].values) * longer
+    torch.testing.assert_close(torch.tensor(found["layers.2"].values), wanted)
+
+
+class _AddsOne(nn.Module):
+    """Adds 1 to what it is given, where it lies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1.0)
+
+
 def test_one_linear_layer_has_its_closed_form(inputs: ProbeInputs, linear_model: LinearModel) -> None:
     model = linear_model(16, 4000)
     shapes = {"layers.0": LayerShape(16, 4000)}
@@ -126,3 +153,19 @@ def test_progress_tells_every_projection(tiny_llama: LlamaForCausalLM, inputs: P
     settings = JacobianSettings(projections=3)
     jacobian(tiny_llama, inputs, linear_shapes(tiny_llama), settings=settings, progress=lambda *s: told.append(s))
     assert [(done, total) for _, done, total in told] == [(place, 6) for place in range(1, 7)]
+
+
+def test_an_input_that_is_written_to_is_refused(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    mlp, name, read = tiny_llama.model.layers[1].mlp, "model.layers.1.mlp.up_proj", list[Tensor]()
+
+    def write(*_: object) -> None:
+        read.pop().add_(1.0)
+
+    handles = [
+        mlp.up_proj.register_forward_pre_hook(lambda _, seen: read.append(seen[0])),
+        mlp.down_proj.register_forward_pre_hook(write),
+    ]
+    with pytest.raises(UnsupportedError, match=rf"^{name}: its input is changed in place"):
+        jacobian(tiny_llama, inputs, {name: linear_shapes(tiny_llama)[name]})
+    for handle in handles:
+        handle.remove()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from treadle.errors import InputError
 from treadle.ranks.noise import drawn, noisy, noisy_at_rank
 
 
@@ -28,3 +29,14 @@ def test_a_draw_is_a_function_of_its_whole_key() -> None:
     draws = {key: torch.randn(3, generator=drawn(*key)) for key in [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1)]}
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == 4
     assert torch.equal(torch.randn(3, generator=drawn(0, "a", 1)), draws[0, "a", 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_that_half_precision_would_round_away_is_refused(dtype: torch.dtype) -> None:
+    tensor = torch.randn(8, 8).to(dtype)
+    with pytest.raises(InputError, match=r"noise of scale 0\.01 drowns in the rounding of b?float16; probe in float32"):
+        noisy(tensor, 0.01, drawn(0))
+    with pytest.raises(InputError, match="drowns"):
+        noisy_at_rank(tensor, 0.01, 2, drawn(0))
+    assert not torch.equal(noisy(tensor, 0.1, drawn(0)), tensor)
+    assert not torch.equal(noisy(tensor.float(), 0.01, drawn(0)), tensor.float())

@@ -11,6 +11,8 @@ from transformers import (
     AlbertForSequenceClassification,
     BertForSequenceClassification,
     BertModel,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -91,8 +93,9 @@ def test_blocks_before_the_shaken_layer_run_in_clean_passes_alone(
         monkeypatch.setattr(block.mlp, "forward", forward)
     name = "model.layers.1.self_attn.q_proj"
     perturbation(tiny_llama, inputs, {name: linear_shapes(tiny_llama)[name]}, settings=QUICK)
-    # In each of two batches a clean pass, one of the texts four times, and two trials of two copies as one.
-    assert rows == [[3, 12, 2, 8], [3, 12, 12, 2, 8, 8]]
+    # In each of two batches a clean pass, one of the texts four times, and two trials of two copies as one; after each
+    # clean pass one that skips all it may, to see that it may.
+    assert rows == [[3, 12, 2, 8], [3, 3, 12, 12, 12, 2, 2, 8, 8, 8]]
 
 
 @pytest.mark.parametrize("tokens", [0, 80, 10**6])
@@ -112,8 +115,9 @@ def test_how_many_trials_run_together_changes_nothing(
     handle = tiny_llama.lm_head.register_forward_hook(count)
     found = perturbation(tiny_llama, inputs, shapes, settings=settings)
     handle.remove()
-    # Batches of 18 tokens, two copies a trial: 0 of 3 trials together, 2 then 1, or all; four modules.
-    assert passes == 2 * {0: 1 + 4 * 6, 80: 1 + 2 + 4 * 2, 10**6: 1 + 1 + 4}[tokens]
+    # Batches of 18 tokens, two copies a trial: 0 of 3 trials together, 2 then 1, or all; four modules. A recording is
+    # a clean pass and one that skips what it may.
+    assert passes == 2 * {0: 2 + 4 * 6, 80: 2 * 3 + 4 * 2, 10**6: 2 * 2 + 4}[tokens]
     for name in shapes:
         torch.testing.assert_close(
             torch.tensor(found.modules[name].values),
@@ -171,6 +175,20 @@ def test_layers_that_run_more_than_once_are_never_skipped(inputs: ProbeInputs) -
         layer.weight.add_(noise * layer.weight.std(correction=0))
         expected = (model(input_ids=inputs.batches[0]).logits - clean).abs().mean(dim=1)
     torch.testing.assert_close(torch.tensor(found.modules[name].values[0][:3]), expected, rtol=0, atol=1e-6)
+
+
+def test_blocks_that_leave_something_for_later_ones_are_never_skipped(inputs: ProbeInputs) -> None:
+    config = Gemma4TextConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, global_head_dim=8, num_kv_shared_layers=2, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=128, layer_types=["sliding_attention", "full_attention"] * 2, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma4ForCausalLM(config).eval().requires_grad_(False)
+    settings = PerturbationSettings(trials=1)
+    expected = naive(model, inputs, settings)
+    found = probe(model, inputs, settings)
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -50,6 +50,27 @@ def test_a_single_trial_shows_the_spread_of_texts_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "error", "quantile"),
+    [
+        (
+            ((1.0, 3.0), (5.0, 7.0), (6.0, 8.0)),
+            math.sqrt(7 / 3 + 2 / 2),
+            12.7062047,
+        ),  # of one degree, two texts less one
+        (((1.0, 2.0, 6.0), (3.0, 4.0, 8.0), (2.0, 3.0, 7.0)), math.sqrt(1 / 3 + 7 / 3), 4.3026527),
+        (((4.0, 5.0, 9.0),), math.sqrt(7 / 3), 4.3026527),
+        (((4.0,), (6.0,)), 1.0, 12.7062047),
+    ],
+)
+def test_the_margin_is_students(values: tuple[tuple[float, ...], ...], error: float, quantile: float) -> None:
+    assert ModuleScore(SHAPE, values).margin == pytest.approx(quantile * error, rel=1e-7)
+
+
+def test_a_single_value_has_no_margin() -> None:
+    assert ModuleScore(SHAPE, ((4.0,),)).margin == 0.0
+
+
+@pytest.mark.parametrize(
     "values", [(), ((),), ((1.0,), (1.0, 2.0)), ((-1.0,),), ((float("nan"),),), ((float("inf"),),)]
 )
 def test_values_that_are_no_disagreements(values: tuple[tuple[float, ...], ...]) -> None:

@@ -1,9 +1,10 @@
 """Banks on disk: built, changed, calibrated with the same passages, one process at a time."""
 
+import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from filelock import FileLock
 
 from treadle.errors import InputError, MismatchError
+from treadle.recipes import bank as bank_recipes
 from treadle.recipes.bank import (
     AdapterPath,
     add_adapters,
@@ -46,6 +48,26 @@ def test_a_built_bank_is_what_was_asked_for(built_bank: Path) -> None:
 def test_an_existing_folder_is_refused(built_bank: Path, small_fleet: Path) -> None:
     with pytest.raises(InputError, match="already exists"):
         build_bank(built_bank, small_fleet / "family", [AdapterPath(small_fleet / "sums")], source=None)
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(
+    small_fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, folder, family = bank_recipes._alone, tmp_path / "bank", small_fleet / "family"
+
+    @contextlib.contextmanager
+    def second(*arguments: object) -> Iterator[None]:
+        """The lock, which somebody else who built this bank had first."""
+        monkeypatch.setattr(bank_recipes, "_alone", real)
+        build_bank(folder, family, [AdapterPath(small_fleet / "sums")], source=None)
+        with real(*arguments):  # type: ignore[arg-type]
+            yield
+
+    monkeypatch.setattr(bank_recipes, "_alone", second)
+    with pytest.raises(InputError, match="already exists"):
+        build_bank(folder, family, [AdapterPath(small_fleet / "films")], source=None)
+    assert load_bank(folder).names == ("sums",)
+    assert [version.number for version in versions(folder)] == [1]
 
 
 def test_added_adapters_are_calibrated_with_the_kept_passages(small_fleet: Path, bank_copy: Path) -> None:

@@ -130,7 +130,11 @@ def test_what_the_silo_does_not_allow_is_neither_measured_nor_written(
 
 @pytest.mark.parametrize(
     "damage",
-    [{"format": "x"}, {"mean": {"a": "NaN"}}, {"std": {}}, {"delta": "soon"}, {"rows": 20}, {"mean": [1.0]}],
+    [
+        *({"format": "x"}, {"mean": {"a": "NaN"}}, {"std": {}}, {"delta": "soon"}, {"rows": 20}, {"mean": [1.0]}),
+        *({"epsilon": value} for value in (-3.0, float("nan"), float("inf"), True)),
+        *({"delta": value} for value in (-3.0, float("nan"), True, 1)),
+    ],
     ids=str,
 )
 def test_a_file_that_is_something_else_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:

@@ -173,12 +173,15 @@ def test_the_toml_is_the_configuration(tmp_path: Path) -> None:
         ('modules = ["q_proj"]', "multiple = 8\nmaximum = 4", "no multiple of 8 is from 1 to 4"),
         ('modules = ["q_proj"]', "minimum = 9\nmaximum = 4", "no rank is from 9 to 4"),
         ('modules = ["q_proj"]', "multiple = 0", "multiple"),
-        ("[text]", "[settle]\nfirst = 1\n[text]", "cannot go from 1 trials"),
-        ("[text]", "[settle]\nfrist = 2\n[text]", "settle.frist"),
+        ('trials = 1\ncompare = "pristine"', 'compare = "pristine"\n[settle]\nfirst = 1', "cannot go from 1 trials"),
+        ('trials = 1\ncompare = "pristine"', 'compare = "pristine"\n[settle]\nfrist = 2', "settle.frist"),
+        ("[text]", "[settle]\nfirst = 2\n[text]", "delete probe.trials"),
         ('trials = 1\ncompare = "pristine"', 'name = "eva"\n[settle]', "of which this probe has none"),
         ('modules = ["q_proj"]', 'ties = "all"', "ties"),
         ("[text]", "[examples]\ntask = 't'\n[text]", "say whether they may be known"),
         ("[text]", "[examples]\ntask = 't'\n[text]\npublic = true\nsource = 'pydoc'", "delete one of the two"),
+        ("sequences = 4", "source = 'ward.txt'", "say whether it may be known"),
+        ('trials = 1\ncompare = "pristine"', 'name = "perturbation-accumulating"\n[settle]', "this probe has none"),
         ("trials = 1", "trials = 0", "0 trials"),
         ("trials = 1", "trails = 1", "probe.trails"),
         ("trials = 1", "trials = 'many'", "probe.trials"),
@@ -237,10 +240,16 @@ def test_trials_are_added_until_the_ranks_settle(run: PlanRun) -> None:
     made = plan(PlanRun.model_validate(dict(run) | table))
     trials = {len(score.values) for score in made.scores.modules.values()}
     assert trials <= {2, 4, 6}
-    assert json.loads(made.plan.provenance["probe_settings"])["projections"] == trials.pop()
+    most = trials.pop()
+    assert json.loads(made.plan.provenance["probe_settings"])["projections"] == most
+    assert made.settled is not None
+    assert made.settled.trials == most
+    assert made.settled.settled == (made.settled.unchanged == 1.0)
     eager = {"settle": {"first": 2, "step": 2, "maximum": 6, "confidence": 0.01, "moving": 0.9}}
     few = plan(PlanRun.model_validate(dict(run) | eager | {"overwrite": True}))
     assert json.loads(few.plan.provenance["probe_settings"])["trials"] == 2
+    assert few.settled is not None
+    assert few.settled.settled
 
 
 def test_the_uniform_peer_is_uniform_whatever_rule_the_plan_goes_by(run: PlanRun) -> None:
@@ -308,6 +317,28 @@ def test_a_private_probe_stays_private_when_planned_with_again(run: PlanRun, tmp
     assert again.plan.unaccounted == "the rank plan was probed on private text"
 
 
+def test_scores_at_another_mean_rank_are_no_peers(run: PlanRun, tmp_path: Path) -> None:
+    text = ProbeText(sequences=8, tokens=16)  # of which EVA has rows enough
+    plan(run.model_copy(update={"text": text, "compare": ("eva",)}))
+    saved, out = run.out / "scores.json", tmp_path / "again"
+    with pytest.raises(
+        MismatchError, match=r"scores-eva.json: measured with other settings \(rank\); run treadle plan"
+    ):
+        replan(Replan(scores=saved, out=out, mean_rank=4, compare=("eva",)))
+    assert not out.exists()
+    assert replan(Replan(scores=saved, out=out, mean_rank=3, compare=("eva",))).peers[0].name == "eva"
+
+
+def test_planning_again_in_place_keeps_what_was_measured(run: PlanRun) -> None:
+    plan(run.model_copy(update={"compare": ("jacobian",)}))
+    measured = {path.name: path.read_bytes() for path in run.out.glob("scores*.json")}
+    assert measured.keys() == {"scores.json", "scores-jacobian.json"}
+    again = replan(Replan(scores=run.out / "scores.json", out=run.out, mean_rank=2, overwrite=True))
+    assert again.peers == ()
+    assert RankPlan.load(run.out / "plan.json") == again.plan
+    assert {path.name: path.read_bytes() for path in run.out.glob("scores*.json")} == measured
+
+
 def test_scores_that_cannot_be_planned_with(run: PlanRun, tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
     made = plan(run)
     saved, out = run.out / "scores.json", tmp_path / "again"
@@ -340,6 +371,20 @@ def test_what_no_score_can_mend_is_said_before_the_probe(run: PlanRun) -> None:
     ):
         with pytest.raises(InputError, match=message):
             plan(run.model_copy(update=changes), never)
+
+
+def test_a_budget_that_equal_scores_could_not_use_is_not_refused(run: PlanRun) -> None:
+    changes = {"mean_rank": 2, "multiple": 4, "rule": "floor"}
+    made = plan(run.model_copy(update=changes)).plan
+    assert {module.rank % 4 for module in made.modules.values()} == {0}
+
+
+def test_fewer_ranks_than_modules_are_held_against_uniform_ones(run: PlanRun) -> None:
+    changes = {"mean_rank": None, "budget": Budget("ranks", 10), "rule": "floor", "compare": ("uniform",)}
+    made = plan(run.model_copy(update=changes))
+    (peer,) = made.peers
+    assert len(peer.ranks) == len(made.scores.modules) == 14
+    assert sorted(peer.ranks.values()) == [0] * 4 + [1] * 10
 
 
 def test_a_plan_of_another_base_makes_no_family(

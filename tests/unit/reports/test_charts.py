@@ -5,7 +5,9 @@ import re
 from itertools import pairwise
 
 import pytest
+from transformers import BartConfig, BartForConditionalGeneration, T5ForConditionalGeneration
 
+from treadle.family.injection import linear_shapes
 from treadle.reports.charts import Cell, Dot, colours, dot_chart, heat_map, legend, line_chart
 from treadle.reports.layers import placed
 
@@ -83,3 +85,21 @@ def test_kinds_that_share_a_last_name_keep_their_whole_name() -> None:
 def test_stacks_are_told_apart() -> None:
     found = placed(["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"])
     assert len(set(found.values())) == 2
+
+
+def test_stacks_are_named_by_what_is_their_own() -> None:
+    found = placed([f"model.{stack}.layers.0.{kind}" for stack in ("encoder", "decoder") for kind in ("fc1", "fc2")])
+    assert found["model.encoder.layers.0.fc1"] == ("encoder 0", "fc1")
+    assert found["model.decoder.layers.0.fc1"] == ("decoder 0", "fc1")
+    t5 = placed([f"{stack}.block.1.layer.0.SelfAttention.q" for stack in ("encoder", "decoder")])
+    assert list(t5.values()) == [("encoder 1", "q"), ("decoder 1", "q")]
+
+
+def test_every_module_of_two_stacks_has_a_place_of_its_own(tiny_t5: T5ForConditionalGeneration) -> None:
+    config = BartConfig(
+        vocab_size=128, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    for model in (tiny_t5, BartForConditionalGeneration(config)):
+        modules = list(linear_shapes(model))
+        assert len(set(placed(modules).values())) == len(modules)

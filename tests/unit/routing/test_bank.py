@@ -1,6 +1,7 @@
 """Building and changing banks."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from treadle.errors import InputError, MismatchError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.models.identity import BaseIdentity
+from treadle.models.loading import identity_of
 from treadle.routing.bank import AdapterBank
+from treadle.routing.calibration import PublicCalibration
 from treadle.routing.decision import decide
 from treadle.routing.factors import build_factors
 from treadle.routing.routed import RoutedModel
@@ -136,3 +139,20 @@ def test_factors_do_not_depend_on_the_scale_of_B(make: SimpleNamespace, tiny_lla
 def test_models_are_checked_against_every_adapter(bank: AdapterBank, tiny_bert: torch.nn.Module) -> None:
     with pytest.raises(MismatchError, match="alpha: the model has no module"):
         bank.check_model(tiny_bert)  # type: ignore[arg-type]
+
+
+def test_another_base_of_the_same_name_is_not_read(
+    make: SimpleNamespace, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    for seed, place in enumerate(("here", "there")):
+        make.llama(seed=seed).save_pretrained(tmp_path / place / "base")
+        tiny_tokenizer.save_pretrained(tmp_path / place / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    family = AdapterFamily.create(base=identity_of("base"), plan=make.family(make.llama(seed=0)).plan, seed=3)
+    bank = AdapterBank.build(family, [make.adapter(family, "alpha")])
+    calibration = PublicCalibration(make.passages)
+    assert bank.calibrate(calibration).statistics is not None
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(MismatchError, match="base: the model of this name has other weights than the bank's base"):
+        bank.calibrate(calibration)

@@ -108,6 +108,28 @@ def test_opening_reads_no_B_and_verifying_does(bank: AdapterBank, folder: Path, 
     assert path.name in str(caught.value)
 
 
+def test_an_adapter_with_anothers_bytes_is_refused_when_it_first_acts(folder: Path) -> None:
+    path = adapter_file(folder, "beta")
+    path.write_bytes(adapter_file(folder, "alpha").read_bytes())  # whole, and of the right shapes
+    opened = load_bank(folder)
+    module = next(iter(opened.layers))
+    for _ in range(2):
+        with pytest.raises(FormatError, match="SHA-256 differs") as caught:
+            opened.adapter("beta").lora_B[module]
+        assert path.name in str(caught.value)
+    assert torch.equal(opened.adapter("alpha").lora_B[module], load_bank(folder).adapter("alpha").lora_B[module])
+
+
+def test_an_adapters_bytes_are_checked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = load_bank(folder)
+    checked: list[Path] = []
+    real = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: checked.append(path) or real(path))
+    for module in opened.layers:
+        opened.adapter("beta").folded_B(module)
+    assert checked == [adapter_file(folder, "beta").resolve()]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 

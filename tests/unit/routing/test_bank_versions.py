@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from treadle import files
 from treadle.errors import FormatError, InputError
 from treadle.routing.bank import AdapterBank
 from treadle.routing.bank_files import load_bank, save_bank, verify_bank
-from treadle.routing.bank_versions import KEPT, bank_digest, sweep, versions
+from treadle.routing.bank_versions import KEPT, bank_digest, sweep, tensor_files, versions
 
 
 @pytest.fixture
@@ -196,3 +197,38 @@ def test_a_version_is_a_whole_number(folder: Path) -> None:
             load_bank(folder)
         with pytest.raises(FormatError, match="key 'version' is"):
             versions(folder)
+
+
+def test_what_somebody_else_put_into_the_folder_stays(bank: AdapterBank, folder: Path, make: SimpleNamespace) -> None:
+    names = [
+        "clinic.safetensors",
+        "model-00001-of-00002.safetensors",
+        "alpha-0123456789abcdef.safetensors",  # an adapter's is in adapters/
+        "my-factors-0123456789abcdef.safetensors",
+        "factors-0123456789abcdef0.safetensors",
+        "calibration-0123456789ABCDEF.safetensors",
+        "adapters/clinic.safetensors",
+        "adapters/alpha-0123.safetensors",
+    ]
+    for name in names:
+        (folder / name).write_bytes(b"precious")
+    verify_bank(folder)
+    own = tensor_files(folder)
+    assert len(own) == len(bank.adapters) + 2
+    assert not {folder / name for name in names} & set(own)
+    save_bank(load_bank(folder).update(make.adapter(bank.family, "beta", scale=2.0)), folder)
+    sweep(folder, keep=1)
+    assert [(folder / name).read_bytes() for name in names] == [b"precious"] * len(names)
+    assert len(tensor_files(folder)) == len(bank.adapters) + 2  # its own earlier ones are gone
+    verify_bank(folder)
+
+
+@pytest.mark.parametrize("act", [sweep, tensor_files, verify_bank])
+def test_a_link_out_of_the_folder_is_not_swept(folder: Path, tmp_path: Path, act: Callable[[Path], object]) -> None:
+    (folder / "adapters").rename(tmp_path / "elsewhere")
+    (folder / "adapters").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "mine-0123456789abcdef.safetensors").write_bytes(b"precious")
+    before = sorted((tmp_path / "elsewhere").iterdir())
+    with pytest.raises(FormatError, match="'adapters' leaves the folder"):
+        act(folder)
+    assert sorted((tmp_path / "elsewhere").iterdir()) == before

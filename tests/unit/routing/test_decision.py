@@ -226,3 +226,24 @@ def test_not_a_number_is_left_to_the_base() -> None:
     decision = decide(factors, x, SCORERS["norm"].scores(factors, x, None), norm.form(factors))
     assert decision.winner[0] == BASE
     assert decision.winner[1] != BASE
+
+
+def test_a_matrix_that_cannot_be_read_costs_nobody_a_slot() -> None:
+    gone = {2}
+
+    def load(adapter: int) -> torch.Tensor:
+        if adapter in gone:
+            raise OSError("gone")
+        return torch.full((5, 2), adapter + 1.0)
+
+    pool = MatrixPool(load, adapters=3, rank=2, out=5, slots=2, device=torch.device("cpu"))
+    pool.prefetch([0, 1])
+    for ask in (lambda: pool.rows_of(2), lambda: pool.first_rows(torch.tensor([2, 1]))):
+        with pytest.raises(OSError, match="gone"):
+            ask()
+        assert [pool.rows_of(adapter).unique().tolist() for adapter in (0, 1)] == [[1.0], [2.0]]
+        starts = pool.first_rows(torch.tensor([0, 1])).tolist()
+        assert [pool.rows[start : start + 2].unique().tolist() for start in starts] == [[1.0], [2.0]]
+    gone.clear()
+    assert pool.rows_of(2).unique().tolist() == [3.0]
+    assert [pool.rows_of(adapter).unique().tolist() for adapter in (0, 1)] == [[1.0], [2.0]]  # 2 goes again

@@ -12,7 +12,10 @@ from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.routing import bank as bank_module
 from treadle.routing.bank import AdapterBank
-from treadle.routing.calibration import PublicCalibration
+from treadle.routing.calibration import PrivateCalibration, PublicCalibration, ReleasedNorms
+from treadle.routing.routed import RoutedModel
+
+IDS = torch.tensor([[1, 40, 41, 42, 43], [1, 60, 61, 62, 63]])
 
 
 @pytest.fixture
@@ -153,3 +156,76 @@ def test_labels_and_access_follow_the_adapters(bank: AdapterBank, make: SimpleNa
     assert bank.merge(replace(late, access="required")).access == "required"
     with pytest.raises(InputError, match="no adapter 'omega'"):
         bank.labelled("omega", frozenset())
+
+
+def test_released_statistics_that_stand_side_by_side_cost_the_larger_epsilon_or_have_none(
+    make: SimpleNamespace, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    family = make.family(tiny_llama)
+    ones = dict.fromkeys(family.plan.modules, 1.0)
+
+    def released(name: str, epsilon: float | None, delta: float) -> AdapterBank:
+        adapter = make.adapter(family, name)
+        calibration = PrivateCalibration({name: ReleasedNorms(ones, ones, adapter.digest, epsilon, delta)})
+        return AdapterBank.build(family, [adapter], calibration=calibration, model=tiny_llama, tokenizer=tiny_tokenizer)
+
+    def cost(one: AdapterBank, other: AdapterBank) -> tuple[float | None, float, bool]:
+        found = one.merge(other).statistics
+        assert found is not None
+        assert all(found.B_digests)
+        return found.epsilon, found.delta, found.spends_privacy
+
+    cheap, dear, free = released("alpha", 1.0, 1e-5), released("beta", 8.0, 1e-6), released("gamma", None, 1e-3)
+    assert cost(cheap, dear) == cost(dear, cheap) == (8.0, 1e-5, False)
+    assert cost(cheap, free) == cost(free, cheap) == (None, 1e-3, True)
+
+
+@pytest.fixture
+def wider(make: SimpleNamespace, tiny_llama: LlamaForCausalLM) -> Adapter:
+    """A foreign adapter that alone changes v_proj."""
+    return make.foreign(make.family(tiny_llama, kinds=["q_proj", "v_proj"]), "wider", every=1)
+
+
+def test_without_the_only_adapter_of_a_module_the_bank_routes_as_if_it_had_never_been_there(
+    make: SimpleNamespace, wider: Adapter, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    family = make.family(tiny_llama, kinds=["q_proj"])
+    pair = [make.adapter(family, "alpha"), make.adapter(family, "beta")]
+    answers = []
+    for adapters in (pair, [*pair, wider]):
+        bank = AdapterBank.build(
+            family,
+            adapters,
+            calibration=PublicCalibration(make.passages),
+            model=tiny_llama,
+            tokenizer=tiny_tokenizer,
+        )
+        smaller = bank.remove("wider") if "wider" in bank.names else bank
+        assert list(smaller.layers) == list(family.plan.modules)
+        model = RoutedModel(tiny_llama, smaller, abstain=1.0)
+        answers.append(model(IDS).logits)
+        model.unwrap()
+    assert not torch.allclose(answers[0], tiny_llama(IDS).logits, atol=1e-3)
+    assert torch.equal(*answers)
+
+
+def test_a_newcomer_with_a_module_of_its_own_leaves_a_calibrated_bank_as_it_was(
+    make: SimpleNamespace, wider: Adapter, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    family = make.family(tiny_llama, kinds=["q_proj"])
+    before = AdapterBank.build(
+        family,
+        [make.adapter(family, "alpha"), make.adapter(family, "beta")],
+        calibration=PublicCalibration(make.passages),
+        model=tiny_llama,
+        tokenizer=tiny_tokenizer,
+    )
+    after = before.add(wider)
+    assert len(after.layers) > len(before.layers)
+    answers = []
+    for bank in (before, after):
+        model = RoutedModel(tiny_llama, bank, abstain=1.0)
+        answers.append(model(IDS).logits)
+        model.unwrap()
+    assert not torch.allclose(answers[0], tiny_llama(IDS).logits, atol=1e-3)
+    assert torch.equal(*answers)  # nothing is known of the newcomer, so it is not chosen

@@ -152,6 +152,48 @@ def test_a_version_that_cannot_be_opened_is_left_aside(folder: Path, tiny_llama:
     live.close()
 
 
+def test_a_version_that_was_repaired_is_found_though_its_description_is_the_same(
+    folder: Path, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveBank(folder, lambda bank: routed(tiny_llama, bank))
+    save_bank(load_bank(folder).remove("beta"), folder)
+    factors = folder / json.loads((folder / "bank.json").read_text())["factors"]
+    factors.rename(folder / "aside")
+    with live.request() as served:
+        assert "beta" in served.model.bank.names
+    assert live.failure is not None
+    (folder / "aside").rename(factors)
+    with live.request() as served:
+        assert "beta" in served.model.bank.names  # not at every request: it may be damaged for long
+    monkeypatch.setattr("treadle.routing.serving._PAUSE", 0.0)
+    with live.request() as served:
+        assert "beta" not in served.model.bank.names
+        assert served.digest == bank_digest(folder)
+    assert live.failure is None
+    live.close()
+    assert hooks(tiny_llama) == 0
+
+
+def test_a_version_that_fails_after_it_was_wrapped_leaves_no_hooks(
+    folder: Path, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    live = LiveBank(folder, lambda bank: routed(tiny_llama, bank))
+    before = hooks(tiny_llama)
+    save_bank(load_bank(folder).remove("beta"), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(RoutedModel, "prefetch", fail)
+        with live.request() as served:
+            assert "beta" in served.model.bank.names
+            answer(served.model)
+    assert "the disk is gone" in str(live.failure)
+    assert hooks(tiny_llama) == before
+    live.close()
+    assert hooks(tiny_llama) == 0
+
+
 def test_a_new_version_has_at_hand_what_acted_most(
     folder: Path, make: SimpleNamespace, tiny_llama: LlamaForCausalLM
 ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -169,10 +170,11 @@ def learn(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Pair]:
+    end = cast("int", tokenizer.eos_token_id)
     return [
         (
             tuple(tokenizer(example.prompt)["input_ids"]),
-            (*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id),
+            (*tokenizer(example.completion, add_special_tokens=False)["input_ids"], end),
         )
         for example in examples
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treadle import files
 from treadle.errors import FormatError, InputError, MismatchError
-from treadle.family.adapter import Adapter
+from treadle.family.adapter import Adapter, is_privacy
 from treadle.routing.calibration.statistics import Method, Statistics
 from treadle.routing.factors import LayerFactors
 
@@ -56,6 +56,8 @@ class ReleasedNorms:
             found = ReleasedNorms(
                 mean, std, str(content.pop("B_digest")), None if epsilon is None else float(str(epsilon)), delta
             )
+            if not (is_privacy(found.epsilon, below=math.inf) and is_privacy(delta, below=1.0)):
+                raise ValueError("key 'epsilon' or 'delta' is out of range")
             if content or mean.keys() != std.keys():
                 raise ValueError("unknown keys, or other modules in 'mean' than in 'std'")
         except (KeyError, ValueError, TypeError) as error:

@@ -36,6 +36,11 @@ class PromptStatistics:
     centre: Float[Tensor, " adapters"]
     public: Float[Tensor, "prompts adapters"]
 
+    def weight_of(self, module: str) -> Float[Tensor, " adapters"]:
+        """The module's weights, 0 where it does not count, as one that joined the bank later does not."""
+        found = self.weight.get(module)
+        return torch.zeros_like(self.centre) if found is None else found.nan_to_num()
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, the last dimension that of the adapters."""
         found = {"centre": self.centre, "public": self.public}
@@ -103,7 +108,11 @@ def layer_weights(table: Float[Tensor, "prompts layers"]) -> Float[Tensor, " lay
 
 
 def joined(
-    sources: Iterable[PromptStatistics | None], sizes: Iterable[int], order: Tensor, like: PromptStatistics
+    sources: Iterable[PromptStatistics | None],
+    sizes: Iterable[int],
+    order: Tensor,
+    like: PromptStatistics,
+    modules: Collection[str],
 ) -> PromptStatistics:
     """The statistics of these adapters side by side, NaN for those of a source without any.
 
@@ -112,9 +121,11 @@ def joined(
         sizes: how many adapters each has.
         order: the columns to take.
         like: says how many prompts there are.
+        modules: of the new bank; what others weigh goes.
     """
     parts = [({} if source is None else source.tensors(), size) for source, size in zip(sources, sizes, strict=True)]
-    names = dict.fromkeys(name for tensors, _ in parts for name in tensors)
+    found = dict.fromkeys(name for tensors, _ in parts for name in tensors)
+    names = [name for name in found if not name.startswith("weight/") or name.partition("/")[2] in modules]
 
     def column(name: str) -> Tensor:
         lead = like.public.shape[:1] if name == "public" else ()

@@ -94,7 +94,12 @@ class Statistics:
                 )
 
     def alike(self, other: "Statistics") -> bool:
-        """Whether the two were made in one way from one source, so that their rows may stand side by side."""
+        """Whether the two were made in one way from one source, so that their rows may stand side by side.
+
+        Traffic says nothing of which prompts it was, so two readings of it are never one source.
+        """
+        if self.method == "traffic":
+            return self is other
         return (self.method, self.source, self.digest, self.ignored_tokens) == (
             other.method,
             other.source,

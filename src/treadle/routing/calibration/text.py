@@ -1,6 +1,7 @@
 """Running the base over text: which tokens count, in which batches they are read, and who sees a layer's inputs."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -96,7 +97,7 @@ def read_text(
             kept, rows = _selected(x, masks, module)
             if kept.shape[0] > 0:
                 ran.add(module)
-                observer(kept, rows)
+                observer(kept.cpu(), rows.cpu())  # where the adapters' factors are
 
         return observe
 
@@ -234,8 +235,8 @@ def _read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> 
     )
 
 
-# RoBERTa's kin count positions from the padding id on, by themselves.
-_OWN_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm"})
+# What RoBERTa's kin, which count positions from the padding id on by themselves, call how they do it.
+_OWN_POSITIONS = "create_position_ids_from_input_ids"
 
 
 def wants_positions(model: PreTrainedModel, part: nn.Module | None = None) -> bool:
@@ -245,6 +246,10 @@ def wants_positions(model: PreTrainedModel, part: nn.Module | None = None) -> bo
         model: the whole model.
         part: what shall be called, if not the whole.
     """
-    if model.config.is_encoder_decoder or model.config.model_type in _OWN_POSITIONS:
+    if model.config.is_encoder_decoder:
+        return False
+    parts = [model, *(module for module in model.modules() if "mbedding" in type(module).__name__)]
+    kinds = {kind for module in parts for kind in type(module).__mro__}
+    if any(hasattr(kind, _OWN_POSITIONS) or hasattr(sys.modules[kind.__module__], _OWN_POSITIONS) for kind in kinds):
         return False
     return "position_ids" in signature((part or model).forward).parameters

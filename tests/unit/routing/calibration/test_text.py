@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     LongformerConfig,
     LongformerForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
     PreTrainedTokenizerFast,
     T5ForConditionalGeneration,
 )
@@ -26,6 +28,7 @@ from treadle.routing.calibration import (
     counted,
     ignored_tokens,
     positions,
+    read_prompt,
     text_batches,
 )
 from treadle.routing.calibration.text import read_text
@@ -196,3 +199,19 @@ def test_what_counts_in_a_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])
     assert counted(ids, mask, ignored).tolist() == [[False, False, True, False], [False, False, True, True]]
     assert positions(mask).tolist() == [[0, 0, 1, 2], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_that_counts_positions_by_itself_is_left_to_it(side: str) -> None:
+    config = MPNetConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=40, pad_token_id=1,
+    )  # fmt: skip
+    model = MPNetForMaskedLM(config).eval()
+    long, short = torch.arange(8)[None] + 10, torch.arange(4)[None] + 30
+    fill, place = ((4, 0), slice(4, None)) if side == "left" else ((0, 4), slice(4))
+    ids = torch.cat([long, nn.functional.pad(short, fill, value=1)])
+    read = read_prompt(model, ids, (ids != 1).long())
+    for row, alone in ((read[0], long), (read[1, place], short)):
+        expected = model.base_model(input_ids=alone, attention_mask=torch.ones_like(alone)).last_hidden_state[0]
+        assert torch.allclose(row, expected, atol=1e-5)

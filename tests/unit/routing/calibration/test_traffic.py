@@ -121,3 +121,20 @@ def test_a_file_that_is_no_traffic_is_refused(
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(FormatError, match="no traffic file"):
         TrafficStatistics.load(path)
+
+
+def test_two_readings_are_not_of_one_source(
+    bank: AdapterBank, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make: SimpleNamespace
+) -> None:
+    one, other = [
+        read(bank, tiny_llama, tiny_tokenizer, prompts).statistics(bank.adapters, minimum_prompts=1, minimum_tokens=1)
+        for prompts in (PROMPTS[:32], PROMPTS[32:])
+    ]
+    assert one.alike(one)
+    assert not one.alike(other)
+    alone = AdapterBank.build(bank.family, [make.adapter(bank.family, "beta")])
+    calibration = TrafficCalibration(PROMPTS[:32], "clinic", minimum_prompts=1, minimum_tokens=1)
+    late = alone.calibrate(calibration, model=tiny_llama, tokenizer=tiny_tokenizer)
+    found = bank.with_statistics(other).merge(late).statistics
+    assert found is not None
+    assert found.B_digests == (*other.B_digests, "")  # beta's norms are on other prompts than the others'
