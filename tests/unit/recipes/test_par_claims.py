@@ -83,8 +83,8 @@ def test_runs_of_a_seed_have_one_base(config: ParClaimsRun, smallest_world, tmp_
     runs = tmp_path / "runs.jsonl"
     par_claims(small, runs=runs, work=tmp_path / "here")
     recorded = list(finished_runs(runs))
-    assert {run["seed"]: run["base"] for run in recorded}.keys() == {100, 0}
-    assert recorded[0]["base"] != recorded[1]["base"]  # worlds have bases of their own
+    assert {run["seed"]: run["base_sha256"] for run in recorded}.keys() == {100, 0}
+    assert recorded[0]["base_sha256"] != recorded[1]["base_sha256"]  # worlds have bases of their own
     elsewhere = small.model_copy(update={"base_steps": 3, "factors": (1.0, 2.0)})  # as another machine would train it
     with pytest.raises(MismatchError, match=r"seed 100 began on base .* delete that seed's lines"):
         par_claims(elsewhere, runs=runs, work=tmp_path / "there")

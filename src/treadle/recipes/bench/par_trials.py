@@ -29,6 +29,7 @@ from treadle.train.stages.settings import Stage
 from treadle.train.stages.training import Assigned, Partition, Plan, Run, Staged, System, train_in_stages
 
 WARM_UP = "warm-up"
+_BASE = "base_sha256"
 _SHORT = 12  # digits of a base's identity that a record keeps
 _ENDS = 5  # records over which the first and the last reward are averaged
 
@@ -93,9 +94,10 @@ def run_trials(config: ParTrials, world: World, runs: Path, progress: Progress) 
 def _check_base(runs: Path, record: Mapping[str, object]) -> None:
     """Arms are paired by seed, so that all runs of a seed have one base, also where another machine trains it anew."""
     for run in finished_runs(runs):
-        if run["seed"] == record["seed"] and run.get("base", record.get("base")) != record.get("base", run.get("base")):
+        began, here = run.get(_BASE), record.get(_BASE)
+        if run["seed"] == record["seed"] and None not in (began, here) and began != here:
             raise MismatchError(
-                f"seed {run['seed']} began on base {run['base']}, this one is {record['base']}",
+                f"seed {run['seed']} began on base {began}, this one is {here}",
                 where=runs,
                 remedy="name the --work folder of before, or delete that seed's lines",
             )
@@ -136,7 +138,7 @@ def judged(config: ParTrials, trial: Trial, world: World) -> dict[str, object]:
     """The trial's record: what it is, accuracies, rewards, shares of parameters, seconds."""
     begun = time.monotonic()
     trained = _trained(config, trial, world)
-    record = {**trial.key(), "base": trained.family.base.sha256[:_SHORT], **_measures(trained.made)}
+    record = {**trial.key(), _BASE: trained.family.base.sha256[:_SHORT], **_measures(trained.made)}
     if world.also is not None:
         record |= world.also(trial, trained)
     return {**record, "seconds": round(time.monotonic() - begun, 1), "commit": commit()}
