@@ -122,17 +122,17 @@ def _measured_there(config: Replan, others: Mapping[str, ProbeScores]) -> dict[s
     kept = {path.name: path.read_bytes() for path in config.out.glob("scores-*.json")}
     present = config.out / SCORES
     if config.scores.name != SCORES and present.exists():
-        kept[_scores_of(ProbeScores.load(present).probe)] = present.read_bytes()
-    return {name: content for name, content in kept.items() if name not in map(_scores_of, others)}
+        kept[_file_of(ProbeScores.load(present).probe)] = present.read_bytes()
+    return {name: content for name, content in kept.items() if name not in map(_file_of, others)}
 
 
-def _scores_of(probe: str) -> str:
+def _file_of(probe: str) -> str:
     return f"scores-{probe}.json"
 
 
 def _beside(path: Path, name: str, scores: ProbeScores, budget: Budget) -> ProbeScores:
     """The scores of another probe of the same modules, which an earlier plan has left beside its own."""
-    beside = path.with_name(_scores_of(name))
+    beside = path.with_name(_file_of(name))
     if not beside.exists():
         raise InputError(
             f"there is no {beside.name} beside the scores, and {name!r} needs the model",
@@ -243,7 +243,7 @@ def _stored(
         scores.save(folder / SCORES)
         made.save(folder / PLAN)
         for name, found in others.items():
-            found.save(folder / _scores_of(name))
+            found.save(folder / _file_of(name))
         for name, content in kept.items():
             files.write_bytes(folder / name, content)
     return Planned(config.out, made, scores, tuple(peers))

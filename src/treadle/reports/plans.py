@@ -108,10 +108,9 @@ def _intervals(scores: Mapping[str, ModuleScore]) -> Markup:
         low, high = max(0.0, mean - error), mean + error
         tip = f"{name}: {mean:.4g} [{low:.4g}, {high:.4g}]"
         dots.append(Dot(name, "score", mean / top, low / top, high / top, tip))
-    over = {(len(score.values) > 1, len(score.values[0]) > 1) for score in scores.values()}
-    told = {(True, True): "trials and texts", (True, False): "trials alone", (False, True): "texts alone"}
-    kind = f", with 95% intervals over {told[next(iter(over))]}" if len(over) == 1 and over <= set(told) else ""
-    return dot_chart(dots, ["score"], title=f"highest scores{kind}")
+    values = scores[first[0]].values
+    over = " and ".join(name for name, count in (("trials", len(values)), ("texts", len(values[0]))) if count > 1)
+    return dot_chart(dots, ["score"], title="highest scores" + (f", with 95% intervals over {over}" if over else ""))
 
 
 def _correlation(value: float | None) -> str:
