@@ -96,7 +96,7 @@ def test_it_says_what_it_is(
     found = statistics_of(bank)
     assert found.method == method
     assert found.source == {"own": "own", "traffic": "traffic:clinic"}.get(method, "public")
-    assert len(found.digest) == (64 if method in ("public", "analytic") else 0)
+    assert len(found.digest) == (0 if method == "own" else 64)
     assert found.spends_privacy == (method == "own")
     assert found.B_digests == tuple(adapter.digest for adapter in bank.adapters)
     assert len(found.date) == len("2026-01-31")

@@ -218,7 +218,8 @@ def inspect_bank(
         facts["calibration text"] = statistics.text_read
         if statistics.epsilon is not None:
             facts["calibration ε"] = f"{statistics.epsilon:g} at δ = {statistics.delta:g}, beside an adapter's training"
-        facts["calibration sha256"] = statistics.digest or f"not kept: {statistics.text_read}"
+        of_text = "" if statistics.method == "traffic" else statistics.digest
+        facts["calibration sha256"] = of_text or f"not kept: {statistics.text_read}"
         if statistics.method == "traffic":
             facts["beyond the adapters' ε"] = "the statistics are a release about the callers whose prompts they saw"
     return Inspection(

@@ -37,7 +37,7 @@ class Statistics:
         std: float64, NaN in the same places.
         method: how they were made.
         source: what was read, by name; "traffic:TENANT" for traffic.
-        digest: SHA-256 of the texts if they are public, "" otherwise.
+        digest: SHA-256 of the texts if they are public, of the aggregates if they are traffic, "" otherwise.
         tokens: how many tokens were counted, an adapter; 0 where that is private.
         ignored_tokens: token ids left out here, and therefore when prompts are scored.
         B_digests: `Adapter.digest` of the lora_B that each row describes, "" for a row of which nothing is known.
@@ -94,12 +94,7 @@ class Statistics:
                 )
 
     def alike(self, other: "Statistics") -> bool:
-        """Whether the two were made in one way from one source, so that their rows may stand side by side.
-
-        Traffic says nothing of which prompts it was, so two readings of it are never one source.
-        """
-        if self.method == "traffic":
-            return self is other
+        """Whether the two were made in one way from one source, so that their rows may stand side by side."""
         return (self.method, self.source, self.digest, self.ignored_tokens) == (
             other.method,
             other.source,

@@ -1,5 +1,6 @@
 """Statistics of what a tenant's callers really ask: aggregates over unlabelled prompts, of which none is kept."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,12 +161,21 @@ class TrafficStatistics:
             {module: row(stds, module) for module in modules},
             "traffic",
             f"traffic:{self.tenant}",
-            "",
+            self._digest(),
             self.tokens,
             self.ignored_tokens,
             tuple("" if at is None else a.digest for at, a in zip(known, adapters, strict=True)),
             date=self.date,
         )
+
+    def _digest(self) -> str:
+        """What tells two readings apart, though nobody keeps the prompts: SHA-256 of all aggregates."""
+        total = hashlib.sha256()
+        for module, found in sorted(self.moments.items()):
+            total.update(f"{module}\x00{found.count}\x00".encode())
+            for values in (found.mean, found.deviations):
+                total.update(values.double().contiguous().numpy(force=True).tobytes())
+        return total.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the aggregates into one safetensors file, for another server to merge.
