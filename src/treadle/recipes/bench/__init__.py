@@ -301,6 +301,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
     "federated-quality": _federated_quality("federated-quality"),
+    "federated-quality-clients": _federated_quality("federated-quality-clients"),
     "federated-quality-subj": _federated_quality("federated-quality-subj"),
     "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
     "par-minds": Benchmark(ParMindsRun, _par_minds, par_minds.summary),
