@@ -14,6 +14,7 @@ from treadle.ranks.accumulating import AccumulatingSettings
 from treadle.ranks.allocation import AllocationSettings, Budget, mean_rank_budget
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
+from treadle.ranks.probing import COUNTS
 from treadle.ranks.rules import RuleName
 from treadle.ranks.stability import TrialsRule
 from treadle.ranks.ties import Ties
@@ -37,7 +38,7 @@ def trials_of(settings: ProbeSettings) -> str | None:
     """
     if isinstance(settings, AccumulatingSettings):
         return None
-    return next((key for key in ("trials", "projections") if hasattr(settings, key)), None)
+    return next((key for key in COUNTS if hasattr(settings, key)), None)
 
 
 class ProbeText(RunConfig):
@@ -133,8 +134,9 @@ class PlanRun(Shares):
     @classmethod
     def _one_number_of_trials(cls, data: object) -> object:
         probe = data.get("probe") if isinstance(data, Mapping) and data.get("settle") is not None else None
-        if isinstance(probe, Mapping) and (said := {"trials", "projections"} & {str(key) for key in probe}):
-            raise ValueError(f"[settle] decides how many trials there are; delete probe.{said.pop()}")
+        for key in COUNTS:
+            if isinstance(probe, Mapping) and key in probe:
+                raise ValueError(f"[settle] decides how many trials there are; delete probe.{key}")
         return data
 
     @model_validator(mode="after")

@@ -13,6 +13,9 @@ from treadle.ranks.outputs import probed_layers
 from treadle.ranks.partial import PartialProbe, inputs_sha256, model_sha256
 from treadle.ranks.scores import ModuleScore, ProbeScores, Value
 
+COUNTS = ("trials", "projections")
+"""What the settings of probes call the number of their trials: more of them are surer, and not of another kind."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,7 +32,7 @@ class Recipe:
 
     def facts(self) -> dict[str, object]:
         """What decides a value: where trials are independent, more of them add values and change none."""
-        added = ("trials", "projections") if self.independent else ()
+        added = COUNTS if self.independent else ()
         kept = {key: value for key, value in self.settings.items() if key not in added}
         return {"probe": self.probe, "settings": kept, "seed": self.seed}
 

@@ -83,15 +83,18 @@ def build_bank(
         MismatchError: an adapter of another family, or another base.
         FormatError: a file is damaged.
     """
-    if folder.exists():
-        raise InputError("already exists", where=folder, remedy="choose another folder, or add to this bank")
+    _refuse_existing(folder)
     members = AdapterFamily.load(family)
     opened = [Adapter.load(path.folder, family=members, name=path.name) for path in adapters]
     bank = AdapterBank.build(members, opened, access=access)
     with _alone(folder, progress):
-        if folder.exists():  # somebody else was quicker
-            raise InputError("already exists", where=folder, remedy="choose another folder, or add to this bank")
+        _refuse_existing(folder)  # somebody else may have been quicker
         return _written(folder, bank, progress) if source is None else _stored(folder, bank, source, base, progress)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise InputError("already exists", where=folder, remedy="choose another folder, or add to this bank")
 
 
 def add_adapters(

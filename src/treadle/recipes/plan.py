@@ -25,6 +25,7 @@ from treadle.ranks.allocation import Budget, allocate, plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probes import ProbeSettings, probe_scores
+from treadle.ranks.probing import COUNTS
 from treadle.ranks.scores import ProbeScores
 from treadle.ranks.stability import Settled, until_settled
 from treadle.recipes.rank_peers import Peer, check_names, is_probe, name_of, peer_of, settings_of
@@ -33,7 +34,6 @@ from treadle.train.objectives import Kind, kind_of
 from treadle.train.rows import classes_of
 
 PLAN, SCORES = "plan.json", "scores.json"
-_TRIALS = ("trials", "projections")  # more of them are surer, and not of another kind
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _beside(path: Path, name: str, scores: ProbeScores, budget: Budget) -> Probe
             "scores of another base, other modules or another probe", where=beside, remedy="probe again"
         )
     wanted = asdict(settings_of(name, mean_rank=_mean_rank(budget, scores.shapes())))
-    differs = [key for key, value in wanted.items() if key not in _TRIALS and found.settings.get(key) != value]
+    differs = [key for key, value in wanted.items() if key not in COUNTS and found.settings.get(key) != value]
     if (found.seed, found.text) != (scores.seed, scores.text):
         differs.append("seed or text")
     if differs:

@@ -118,6 +118,7 @@ class RoutedModel(nn.Module):
         for layer in layers:
             layer.layout = told.get(layer.factors.module)
         self._of_prompt = prompt_modules(model, targets)
+        self._wants_positions = wants_positions(model)
         self.choosing = prompt_layers(model, bank.layers)
         self.prompts = bank.statistics.prompts if bank.statistics and self.scorer.weighs_layers else None
         if self.prompts is not None and not self.prompts.weight.keys() <= self.choosing:
@@ -310,7 +311,7 @@ class RoutedModel(nn.Module):
             raise InputError(
                 "a cache holds no choice of adapter", remedy="pass chosen=model.choose(prompt), or use generate"
             )
-        if attention_mask is not None and inputs.get("position_ids") is None and wants_positions(self.model):
+        if attention_mask is not None and inputs.get("position_ids") is None and self._wants_positions:
             # A mask of the new tokens alone says nothing of what the cache holds.
             whole = attention_mask.shape[1] == cached + input_ids.shape[1]
             inputs["position_ids"] = positions(attention_mask)[:, cached:] if whole else None

@@ -24,15 +24,12 @@ from treadle.data.metrics import ExactMatch
 from treadle.data.prompts import Example
 from treadle.files import new_folder
 from treadle.progress import Progress, silent
-from treadle.train.objectives import mean_losses, rightly_answered
+from treadle.train.objectives import Pair, mean_losses, rightly_answered
 
 RECALL, SUMS = "recall", "sums"
 _WORDS = ["<pad>", "<bos>", "<eos>", "look", "sum", "k", "v", "=", "#", *"0123456789"]
 _LARGEST_KEY = 100
 _RATE, _EVERY, _ASKED = 2e-3, 25, 200  # of the base's training: learning rate, steps between looks, sums looked at
-
-Pair = tuple[tuple[int, ...], tuple[int, ...]]
-"""The tokens of a prompt and of its answer, the end of sequence last."""
 
 
 @dataclass(frozen=True)
