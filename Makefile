@@ -10,7 +10,7 @@ BENCH  ?= routing-exactness --quick
 help:
 	@echo 'make setup   create $(VENV) with everything, at the pinned versions'
 	@echo 'make demo    plan, train, bank, route and evaluate on SmolLM2-135M; names the HTML report (DEMO=--quick for less)'
-	@echo 'make test    all tests, with coverage'
+	@echo "make test    all tests, with coverage; TESTS='FILE FOLDER …': those alone, without"
 	@echo 'make check   formatting, lint, types, import contracts'
 	@echo 'make fmt     format the code'
 	@echo 'make docs    build the site into site/, warnings are errors'
@@ -36,7 +36,7 @@ demo: $(STAMP)
 # The slowest files stand alone: in order of their names they do not come last, when one worker waits for the other.
 # Fetching is the last step that may use a network.
 test: models
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov $(TESTS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(TESTS),--no-cov $(TESTS),--cov)
 
 fmt: $(STAMP)
 	$(BIN)/ruff format src tests

@@ -8,7 +8,7 @@
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import click
@@ -46,6 +46,17 @@ ORDER = (
     *("models", "plan", "family", "classify", "train", "federate", "ledger", "audit"),
     *("inspect", "bank", "route", "eval", "demo", "bench"),
 )
+
+
+class _Help(click.HelpFormatter):
+    r"""Help pages without the `\[` that typer writes for `[` wherever rich is installed."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write names and what is said of them, in two columns."""
+        super().write_dl([(name, text.replace("\\[", "[")) for name, text in rows], col_max, col_spacing)
+
+
+click.Context.formatter_class = _Help  # the one place from which typer's commands of every depth take it
 
 
 class Commands(TyperGroup):
@@ -117,6 +128,7 @@ app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click suggests them too
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -24,7 +24,7 @@ def audit_command(run: Run, json: Json = False) -> None:
     from treadle.recipes.audited_training import audit
 
     config = load_toml(run, AuditRun)
-    with working() as progress:
+    with working(run) as progress:
         found = audit(config, progress)
     promised = "none" if isinf(found.epsilon) else found.epsilon
     if json:

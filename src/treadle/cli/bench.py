@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def bench_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A file of benchmarks/, less its .toml.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Measure a small part, in two minutes at most.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure a small part, in minutes.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Recompute the metrics from the committed runs.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the configurations and results/ are.")] = Path("benchmarks"),
     data: Annotated[Path | None, typer.Option(help="The folder of the data sets.")] = None,

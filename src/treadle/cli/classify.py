@@ -24,7 +24,7 @@ def classify_command(run: Run, json: Json = False) -> None:
     from treadle.recipes.classify import classify
 
     config = load_toml(run, ClassifyRun)
-    with working() as progress:
+    with working(run) as progress:
         found = classify(config, progress)
     for system, count in found.counts.items():
         if count == 0:

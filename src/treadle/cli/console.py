@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -64,13 +65,20 @@ def _cell(value: object) -> str:
 
 
 @contextlib.contextmanager
-def working() -> Iterator[Progress]:
+def working(run: Path | None = None) -> Iterator[Progress]:
     """A block of long work, with the callback that tells of it; what libraries print goes to standard error.
 
-    A terminal shows a bar, which is gone afterwards; anything else gets a line every ten seconds at most.
+    A terminal shows a bar, which is gone afterwards; anything else gets its first line at once, and one every ten
+    seconds at most.
+
+    Args:
+        run: the TOML file that the work follows; errors about what it names say by which key.
     """
+    from treadle.configs.toml import naming_keys
+
     console = Console(stderr=True)
-    with contextlib.redirect_stdout(sys.stderr):
+    naming = contextlib.nullcontext() if run is None else naming_keys(run)
+    with contextlib.redirect_stdout(sys.stderr), naming:
         if not console.is_terminal:
             yield _lines()
             return
@@ -89,7 +97,7 @@ def _bar(bars: Bars) -> Progress:
 
 
 def _lines() -> Progress:
-    started = said = time.monotonic()
+    started, said = time.monotonic(), -math.inf
 
     def show(description: str, done: int, total: int) -> None:
         nonlocal said

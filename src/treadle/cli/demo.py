@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo_command(
-    quick: Annotated[bool, typer.Option("--quick", help="Two adapters in about three minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two adapters, in about two minutes.")] = False,
     data: Annotated[
         Path | None, typer.Option(help="A folder of data sets (sst2, subj, trec, qnli) in place of generated tasks.")
     ] = None,

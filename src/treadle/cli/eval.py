@@ -33,7 +33,7 @@ def eval_command(
     config = load_toml(run, EvaluateRun)
     if allow_code_execution:
         config = config.model_copy(update={"allow_code_execution": True})
-    with working() as progress:
+    with working(run) as progress:
         evaluation = evaluate(config, progress)
     if html is not None:
         from treadle.reports.pages import evaluation_page, write_page

@@ -30,7 +30,7 @@ def new_command(run: Run, json: Json = False) -> None:
     from treadle.recipes.family import new_family
 
     config = load_toml(run, FamilyRun)
-    with working() as progress:
+    with working(run) as progress:
         family = new_family(config, progress)
     show_family(family, config.out, json=json)
 

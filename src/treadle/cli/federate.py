@@ -107,8 +107,8 @@ def silo_command(
     from treadle.recipes.superlink import serve_silo
 
     config = load_toml(silo, SiloRun)
-    silo_client(config)  # what is wrong with rows, ledger or terms is said before anybody connects
-    with working() as progress:
+    with working(silo) as progress:
+        silo_client(config)  # what is wrong with rows, ledger or terms is said before anybody connects
         check_rows(config, progress)
     if json:
         print_json({"silo": config.name})
@@ -122,7 +122,7 @@ def _federate(run: Path, *, json: bool, resume: bool) -> None:
     from treadle.recipes.federate import federate_in_process, federate_simulated
 
     config = load_toml(run, FederateRun)
-    with working() as progress:
+    with working(run) as progress:
         if config.superlink is None:
             federated = federate_simulated if config.grid == "simulation" else federate_in_process
             made = federated(config, resume=resume, progress=progress, seen=page_of(config.page))

@@ -43,4 +43,18 @@ ScorerName = Literal[
 
 GranularityName = Literal["sequence", "evidence", "token", "layer"]
 
-Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.")]
+
+def _read(path: Path | None) -> Path | None:
+    """The path, once its file can be read: whoever mistypes it need not wait for torch."""
+    if path is not None:
+        from treadle.configs.toml import read_toml
+
+        read_toml(path)
+    return path
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.", callback=_read)]
+
+OptionalRun = Annotated[
+    Path | None, typer.Argument(metavar="[RUN.toml]", help="The run's configuration.", callback=_read)
+]

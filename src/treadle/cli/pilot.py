@@ -29,7 +29,7 @@ def pilot_command(
     from treadle.recipes.pilot import pilot as tried
 
     config = load_toml(pilot, PilotRun)
-    with working() as progress:
+    with working(pilot) as progress:
         found = tried(config, progress)
     show_pilot(found, json=json)
     if not found.go:
@@ -57,6 +57,6 @@ def probe_command(
     config = load_toml(silo, SiloRun)
     federation = None if run is None else load_toml(run, FederateRun)
     limit = None if memory is None else int(memory * 1e9)
-    with working() as progress:
+    with working(silo) as progress:
         found = probe(config, federation, round_seconds=round_seconds, memory=limit, progress=progress)
     show_probe(found, json=json)

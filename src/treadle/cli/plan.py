@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from treadle.cli.console import remark, working
-from treadle.cli.options import Base, Html, Json
+from treadle.cli.options import Base, Html, Json, OptionalRun
 from treadle.errors import InputError
 
 # Spelled out, since help must not wait for torch; a test holds them to what the library knows.
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan_command(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="The run's configuration.")] = None,
+    run: OptionalRun = None,
     scores: Annotated[
         Path | None, typer.Option("--from", metavar="scores.json", help="Plan with these scores; nothing is probed.")
     ] = None,
@@ -82,7 +82,7 @@ def plan_command(
     given = {key: value for key, value in stated.items() if value is not None}
     _check(run, scores, given)
     peers = None if compare is None else {"compare": tuple(name.strip() for name in compare.split(","))}
-    with working() as progress:
+    with working(run) as progress:
         if run is not None:
             made = plan(load_toml(run, PlanRun).model_copy(update=peers), progress)
         else:

@@ -42,7 +42,7 @@ def train_command(
     if html is not None or allow_code_execution:
         raise InputError("--html and --allow-code-execution go with stages", where=run, remedy="leave them out")
     config = load_toml(run, TrainRun)
-    with working() as progress:
+    with working(run) as progress:
         trained = train_adapter(config, progress)
     show_training(trained, json=json)
 
@@ -54,7 +54,7 @@ def _in_stages(run: Path, allow_code_execution: bool, html: Path | None, *, json
     from treadle.recipes.stages import train_adapter_in_stages
 
     config = load_toml(run, StagesRun)
-    with working() as progress:
+    with working(run) as progress:
         trained = train_adapter_in_stages(config, allow_code_execution=allow_code_execution, progress=progress)
     if html is not None:
         from treadle.reports.pages import write_page

@@ -20,7 +20,7 @@ class DemoRun(RunConfig):
         base: the base model: a catalogued name, a local folder, or a hub id.
         out: its folder; a demo that was stopped there goes on.
         data: a folder of data sets to use instead of generated tasks.
-        quick: two adapters in about three minutes.
+        quick: two adapters, in about two minutes.
         seed: of everything.
         prompts: test prompts a task and condition.
         device: "auto", "cpu", "cuda", …

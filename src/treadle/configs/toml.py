@@ -1,14 +1,18 @@
 """Reading a run's TOML into a frozen configuration, with errors of one line; and writing one."""
 
+import contextlib
+import dataclasses
+import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, TreadleError
 
 
 class RunConfig(BaseModel):
@@ -18,6 +22,8 @@ class RunConfig(BaseModel):
 
 
 Config = TypeVar("Config", bound=BaseModel)
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # of models, of dataclasses
 
 
 def load_toml(path: Path, kind: type[Config]) -> Config:
@@ -54,14 +60,85 @@ def checked(content: dict[str, object], kind: type[Config], *, where: object) ->
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        faults = error.errors(include_url=False)
+        # A mistyped key is one too many and one too few: the former tells more.
+        first = next((fault for fault in faults if fault["type"] in _UNKNOWN), faults[0])
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        remedy = (
-            "delete the key" if first["type"] == "extra_forbidden" else f"see the keys of {kind.__name__} in the docs"
-        )
-        raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy=remedy) from error
+        if first["type"] in _UNKNOWN:
+            raise ConfigError(f"unknown key {key!r}", where=where, remedy=_instead(first, kind)) from error
+        raise ConfigError(
+            f"key {key!r}: {first['msg']}", where=where, remedy="docs/configuration.md names all keys"
+        ) from error
     except InputError as error:  # of settings that check themselves; they name their own key
         raise ConfigError(error.what, where=where, remedy=error.remedy) from error
+
+
+def _instead(unknown: ErrorDetails, kind: type[BaseModel]) -> str:
+    """What to do about a key that its table does not know: the likely one, or all that there are."""
+    *above, key = unknown["loc"]
+    known = _keys(kind)
+    for part in above:
+        known = _keys(known.get(part)) if isinstance(part, str) else known  # a place in a list of such tables
+    if not known:
+        return "delete the key"
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+
+
+def _keys(annotation: object) -> dict[str, object]:
+    """The keys of the one table that a field of this type can hold, and their types; none where it may be several."""
+    options: tuple[Any, ...] = getattr(annotation, "__args__", (annotation,))
+    found: list[dict[str, object]] = []
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            found.append({name: field.annotation for name, field in option.model_fields.items()})
+        elif isinstance(option, type) and dataclasses.is_dataclass(option):
+            hints = get_type_hints(option)
+            found.append({field.name: hints[field.name] for field in dataclasses.fields(option)})
+    return found[0] if len(found) == 1 else {}
+
+
+@contextlib.contextmanager
+def naming_keys(path: Path) -> Iterator[None]:
+    """A block whose errors about what the TOML file `path` names say which key named it.
+
+    An error is about a value if its place is that value or below it, or if its text quotes the value.
+    """
+    try:
+        yield
+    except TreadleError as error:
+        where = "" if error.where is None else str(error.where)
+        key = None if str(path) in where else _key_about(read_toml(path), error.what, where)
+        if key is None:
+            raise
+        place = f"{path}, key {key!r}" + (f": {where}" if where else "")
+        raise type(error)(error.what, where=place, remedy=error.remedy) from error
+
+
+def _key_about(content: Mapping[str, object], what: str, where: str) -> str | None:
+    """The key of the longest text in the file that the error is about."""
+    found = [
+        (len(value), key)
+        for key, value in _texts(content)
+        if value and (where in (value, f"task {value}") or _is_below(where, value) or f"'{value}'" in what)
+    ]
+    return max(found)[1] if found else None
+
+
+def _is_below(where: str, value: str) -> bool:
+    return bool(where) and Path(value) in Path(where).parents and value != "."
+
+
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in the file with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, held in cast("Mapping[str, object]", value).items():
+            yield from _texts(held, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for held in cast("list[object]", value):
+            yield from _texts(held, key)
 
 
 def toml_text(content: Mapping[str, object], table: str = "") -> str:

@@ -59,7 +59,8 @@ def _from_file(path: Path) -> Iterator[dict[str, object]]:
         content = path.read_bytes()
         text = (gzip.decompress(content) if packed else content).decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise InputError("no such file", where=path, remedy="check the path and the data root") from error
+        remedy = "check the path" if path.parent.is_dir() else f"there is no folder {path.parent} either"
+        raise InputError("no such file", where=path, remedy=remedy) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise FormatError("not UTF-8", where=f"{path}, line {line}", remedy="convert the file to UTF-8") from error

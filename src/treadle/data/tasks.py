@@ -268,8 +268,11 @@ def load_task(name_or_path: str | Path) -> Task:
         return _task(file.read_text(encoding="utf-8"), where=f"task {where}")
     path = Path(name_or_path)
     if path.suffix != ".toml" or not path.is_file():
-        near = difflib.get_close_matches(where, task_names(), n=2) or task_names()
-        raise InputError("no such task", where=where, remedy=f"give a .toml file or a name: {', '.join(near)}")
+        near = difflib.get_close_matches(where, task_names(), n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            "no such task", where=where, remedy=f"{meant}give a .toml file or a name: {', '.join(task_names())}"
+        )
     try:
         return _task(path.read_text(encoding="utf-8"), where=where)
     except UnicodeDecodeError as error:

@@ -34,7 +34,7 @@ def new_family(config: FamilyRun, progress: Progress = silent) -> AdapterFamily:
         UnavailableError: the base must be fetched and cannot be, or the disk refuses.
     """
     if config.out.exists() and not config.overwrite:  # said before minutes of work, not after
-        raise InputError("already exists", where=config.out, remedy="choose another name or set overwrite")
+        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
     planned = RankPlan.load(config.plan) if config.plan else None
     progress("opening the base model", 0, 0)
     base = identity_of(config.base)

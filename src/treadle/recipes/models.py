@@ -9,7 +9,6 @@ from treadle.data.sources import read_rows
 from treadle.errors import InputError
 from treadle.models.catalogue import CATALOGUE, entry
 from treadle.models.fetch import fetched_folder, is_whole
-from treadle.models.heads import with_head
 from treadle.progress import Progress, silent
 
 
@@ -93,6 +92,8 @@ def make_head(
         ConfigError: labels that are too few or repeated, or that the examples do not have.
         UnsupportedError: an architecture without a classifier.
     """
+    from treadle.models.heads import with_head  # the other commands of models need no torch
+
     pairs = None if fit is None else _pairs(fit)
     return with_head(base, out, labels=labels, seed=seed, fit=pairs, progress=progress)
 

@@ -188,7 +188,7 @@ def stated(scores: ProbeScores, config: PlanRun, base: BaseIdentity) -> ProbeSco
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
     if out.exists() and not overwrite:  # said before minutes of work, not after
-        raise InputError("already exists", where=out, remedy="choose another name or set overwrite")
+        raise InputError("already exists", where=out, remedy="choose another out folder or set overwrite = true")
 
 
 def _scores(probed: ProbeScores | Settled) -> ProbeScores:

@@ -81,6 +81,11 @@ def test_every_command_has_help_with_an_example_and_json(path: tuple[str, ...]) 
     assert result.exit_code == 0
     assert f"Example: treadle {' '.join(path)}" in result.stdout
     assert "--json" in result.stdout
+    assert "\\[" not in result.stdout  # markup that nobody rendered
+    arguments = result.stdout.partition("Arguments:\n")[2].partition("\n\n")[0]
+    for line in arguments.splitlines():
+        name, _, text = line.strip().partition("  ")
+        assert text.strip().replace("[required]", "") or line.startswith("   "), f"nothing is said of {name}"
 
 
 def test_every_listed_command_is_there() -> None:

@@ -100,7 +100,7 @@ class TestPlanFamilyTrain:
         assert "rank 2" in (tmp_path / "plan.html").read_text()
         assert "1 modules" in done("plan", run).stdout
         run.write_text('base = "smollm2-135m"\nout = "plan"\nmean_rank = 8\nwidth = 3\n')
-        assert f"{run}: key 'width'" in refused("plan", run)
+        assert f"{run}: unknown key 'width'" in refused("plan", run)
 
         scores.save(tmp_path / "scores.json")
         line = ("plan", "--from", tmp_path / "scores.json", "--out", tmp_path / "again")

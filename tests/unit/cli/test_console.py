@@ -39,7 +39,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     show("early", 0, 2)
     show("later", 1, 2)
     show("soon after", 2, 2)
-    assert capsys.readouterr().err == "[11 s] later (1/2)\n"
+    assert capsys.readouterr().err == "[1 s] early (0/2)\n[11 s] later (1/2)\n"
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:

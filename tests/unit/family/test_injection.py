@@ -12,7 +12,6 @@ from treadle.family.injection import (
     adapted_layers,
     inject,
     linear_shapes,
-    low_rank_delta,
     trainable,
     trainable_factors,
 )
@@ -167,15 +166,28 @@ def test_a_layer_called_by_keyword_is_adapted() -> None:
         torch.testing.assert_close(layer(input=x), layer.forward(x) + x @ A.T @ B.T)
 
 
-def test_the_delta_is_b_times_a_times_x() -> None:
-    A, B, x = torch.randn(2, 8), torch.randn(4, 2), torch.randn(5, 3, 8)
-    torch.testing.assert_close(low_rank_delta(A, B)(x), torch.einsum("or,ri,bti->bto", B, A, x))
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (5, 3, 8)])
+def test_what_is_added_is_b_times_a_times_x(shape: tuple[int, ...]) -> None:
+    model, A, B, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8), torch.randn(4, 2), torch.randn(shape)
+    without = model(x)
+    with inject(model, {"0": A}, {"0": B}):
+        torch.testing.assert_close(model(x), without + torch.einsum("or,ri,...i->...o", B, A, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_factors_in_half_precision_act_in_float32(dtype: torch.dtype) -> None:
-    A, B, x = torch.randn(2, 8).to(dtype), torch.randn(4, 2), torch.randn(3, 8)
-    torch.testing.assert_close(low_rank_delta(A, B)(x), x @ A.float().T @ B.T)
+    model, A, B, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8).to(dtype), torch.randn(4, 2), torch.randn(3, 8)
+    without = model(x)
+    with inject(model, {"0": A}, {"0": B}):
+        torch.testing.assert_close(model(x), without + x @ A.float().T @ B.T)
+
+
+def test_factors_act_in_their_own_precision_on_a_base_in_half() -> None:
+    model, A, B = nn.Sequential(nn.Linear(8, 4)).bfloat16(), torch.randn(2, 8), torch.randn(4, 2)
+    x = torch.randn(3, 8).bfloat16()
+    without = model(x)
+    with inject(model, {"0": A}, {"0": B}):
+        assert torch.equal(model(x), without + (x.float() @ A.T @ B.T).bfloat16())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -170,7 +170,7 @@ def test_two_processes_do_not_train_one_adapter(root: Path, configure: Configure
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ({"top": 'nam = "x"'}, r"run\.toml: key 'nam': .*; delete the key"),
+        ({"top": 'nam = "x"'}, r"run\.toml: unknown key 'nam'; did you mean 'name'\?"),
         ({"top": "bare_share = 2.0"}, "key 'bare_share'"),
         ({"top": "bare_share = 0.5"}, "bare_share above 0 needs data.bare"),
         ({"top": "variant_share = 0.5"}, "variant_share above 0 needs data.variants"),
@@ -179,7 +179,7 @@ def test_two_processes_do_not_train_one_adapter(root: Path, configure: Configure
             "bare_share and variant_share add up to more than 1",
         ),
         ({"data": "limit = 0"}, "key 'data.source.limit'"),
-        ({"data": 'sprit = "train"'}, "key 'data.source.sprit'.*; delete the key"),
+        ({"data": 'sprit = "train"'}, "unknown key 'data.source.sprit'; delete the key"),
         ({"sft": "epochs = 0"}, "run.toml: epochs is 0; it must be at least 1"),
         ({"sft": 'epochs = "many"'}, "key 'sft.epochs'"),
         ({"sft": "learning_rat = 1"}, "key 'sft.learning_rat': Unexpected keyword"),
