@@ -72,7 +72,7 @@ def test_every_shown_run_is_sound(title: str, text: str) -> None:
 
 
 def test_runs_are_shown() -> None:
-    assert {"audit", "classify", "plan", "family", "eval", "policy", "syllogism", "mood", "wards"} == {
+    assert {"audit", "classify", "plan", "family", "eval", "policy", "syllogism", "mood", "sums", "wards"} == {
         title for title, _ in shown_runs()
     }
 

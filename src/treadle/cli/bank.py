@@ -360,7 +360,7 @@ def list_command(folder: Bank, json: Json = False) -> None:
     columns = ("name", "path", "method", "data", "epsilon", "base")
     print_table(
         f"bank {found.name}, calibration: {found.facts['calibration']}",
-        (*columns, "calibrated", "labels"),
+        (*("ε" if column == "epsilon" else column for column in columns), "calibrated", "labels"),
         [
             (*(row[column] for column in columns), "yes" if member.calibrated else "no", ", ".join(labels[member.name]))
             for member, row in zip(found.members, rows, strict=True)

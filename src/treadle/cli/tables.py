@@ -24,6 +24,7 @@ from treadle.routing.calibration import Drift
 from treadle.train.private import PrivateResult
 
 _ENDS = 5  # highest and lowest scores that a table shows
+_ENDED = "(nothing: it ended the text at once)"
 
 
 def show_bank_change(change: BankChange, *, json: bool) -> None:
@@ -144,9 +145,9 @@ def show_route(result: RouteResult, *, json: bool) -> None:
         rows = [(repr(t.text), _shares(t.shares)) for t in result.tokens]
         print_table("who acts on each token (share of layers)", ("token", "adapters"), rows)
     if result.continuation is not None:
-        say(f"routed: {result.continuation.strip() or '(nothing)'}")
+        say(f"routed: {result.continuation.strip() or _ENDED}")
     if result.base_continuation is not None:
-        say(f"base:   {result.base_continuation.strip() or '(nothing)'}")
+        say(f"base:   {result.base_continuation.strip() or _ENDED}")
 
 
 def _show_choice(result: RouteResult, choice: Choice) -> None:

@@ -75,13 +75,18 @@ def test_differences_pair_the_seeds_and_goals_ask_for_their_intervals() -> None:
     for seed, base in enumerate((0.60, 0.80, 0.70)):  # seeds differ by far more than arms do
         runs += [run_of("test", "ffa", seed, base + 0.02, 1.0), run_of("test", "fedit", seed, base + 0.001 * seed, 1.0)]
         runs += [run_of("test", "ffa", seed, base, "inf"), run_of("test", "central", seed, base + 0.05, "inf")]
-    metrics = summary(configured(), runs).metrics
+    result = summary(configured(), runs)
+    metrics = result.metrics
     gain = metrics["ffa_minus_fedit_severe_eps1"]
     assert gain.value == pytest.approx(0.019)
     assert gain.holds is True
     assert metrics["ffa_minus_central_epsinf"].value == pytest.approx(-0.05)
     assert metrics["ffa_minus_central_epsinf"].holds is False
     assert metrics["ffa_minus_fedit_severe_eps8"].holds is None  # not run
+    less = next(row for row in result.rows if row["arm"] == "ffa - fedit")
+    assert (less["epsilon"], less["seeds"], less["accuracy"]) == ("1.0", 3, pytest.approx(0.019))
+    # t(2, .975) = 4.303 times the standard error of .020, .019, .018: sqrt(1e-6 / 3)
+    assert (less["low"], less["high"]) == (pytest.approx(0.01652, abs=1e-5), pytest.approx(0.02148, abs=1e-5))
     missing = summary(configured(), runs[:4]).metrics["ffa_minus_fedit_severe_eps1"]
     assert (missing.value, missing.holds) == (pytest.approx(0.02), None)  # one seed of three
 
@@ -118,7 +123,8 @@ def test_a_study_from_end_to_end_and_resumed(encoder: str, tmp_path: Path) -> No
     result = federated_quality(config, runs=runs, work=work, data=tmp_path / "data")
     rows = list(finished_runs(runs))
     assert len(rows) == 4 * (len(GRID) + 3)
-    assert {row["arm"] for row in result.rows} == {"ffa", "fedit", "local", "central"}
+    arms = {"ffa", "fedit", "local", "central"}
+    assert {row["arm"] for row in result.rows} == arms | {f"ffa - {arm}" for arm in arms - {"ffa"}}
     assert all(row["seeds"] == 3 for row in result.rows)
     assert all(0.0 <= float(str(row["accuracy"])) <= 1.0 for row in rows)
     again = federated_quality(config, runs=runs, work=tmp_path / "gone", data=tmp_path / "data")

@@ -243,14 +243,20 @@ def _mechanism(config: FederatedQualityRun, trial: Trial, records: int, batch: i
 
 
 def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
-    """A row an arm, cell and ε with its 95% interval over seeds; differences pair the seeds of the first cell."""
-    table: list[dict[str, object]] = []
+    """A row an arm, cell and ε with its 95% interval over seeds, and one for FFA less each other arm, seeds in pairs.
+
+    The metrics are of the first cell.
+    """
     found: dict[tuple[object, ...], dict[int, float]] = {}
     for run in runs:
         if run["stage"] == "test":
             key = (run["task"], run["clients"], run["skew"], str(run["epsilon"]), run["arm"])
             found.setdefault(key, {})[cast("int", run["seed"])] = cast("float", run["accuracy"])
-    for key, seeds in found.items():
+    rows = found | {
+        (*place, f"ffa - {arm}"): less for *place, arm in found if arm != "ffa" and (less := _paired(found, place, arm))
+    }
+    table: list[dict[str, object]] = []
+    for key, seeds in rows.items():
         row = dict(zip(("task", "clients", "skew", "epsilon", "arm"), key, strict=True))
         interval = mean_interval(list(seeds.values()))
         table.append(
@@ -265,6 +271,14 @@ def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -
     return BenchmarkResult(NAME, device_name(), commit(), json.loads(config.model_dump_json()), metrics, table)
 
 
+def _paired(
+    found: Mapping[tuple[object, ...], Mapping[int, float]], place: Sequence[object], other: str
+) -> dict[int, float]:
+    """Seed → FFA's accuracy less the other arm's, where both have run."""
+    ours, theirs = (found.get((*place, arm), {}) for arm in ("ffa", other))
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
 def _difference(
     config: FederatedQualityRun,
     found: Mapping[tuple[object, ...], Mapping[int, float]],
@@ -276,13 +290,12 @@ def _difference(
 ) -> Metric:
     """FFA minus another arm, paired by seed: its goal is a mean of at least `least`, else about its 95% interval."""
     cell = config.cells[0]
-    ours, theirs = (found.get((cell.task, cell.clients, cell.skew, epsilon, arm), {}) for arm in ("ffa", other))
-    seeds = sorted(ours.keys() & theirs.keys())
+    less = _paired(found, (cell.task, cell.clients, cell.skew, epsilon), other)
     goal = f">= {least:g}" if least is not None else "lower95 > 0" if gain else "upper95 >= 0"
-    if not seeds:
+    if not less:
         return Metric(float("nan"), "1", goal)
-    interval = mean_interval([ours[seed] - theirs[seed] for seed in seeds])
-    if set(seeds) < set(config.seeds):
+    interval = mean_interval(list(less.values()))
+    if set(less) < set(config.seeds):
         return Metric(interval.estimate, "1", goal)
     return Metric(interval.estimate, "1", goal, _holds(interval, gain=gain, least=least))
 
