@@ -272,7 +272,7 @@ def summary(config: FederatedQualityRun, runs: Sequence[Mapping[str, object]]) -
 
 
 def _paired(
-    found: Mapping[tuple[object, ...], Mapping[int, float]], place: Sequence[object], other: str
+    found: Mapping[tuple[object, ...], Mapping[int, float]], place: Sequence[object], other: object
 ) -> dict[int, float]:
     """Seed → FFA's accuracy less the other arm's, where both have run."""
     ours, theirs = (found.get((*place, arm), {}) for arm in ("ffa", other))
