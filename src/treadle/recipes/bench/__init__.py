@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, TypeVar
@@ -107,33 +106,35 @@ class Benchmark(Generic[Config]):
     shown: Callable[[Config, Sequence[Mapping[str, object]]], BenchmarkResult] | None = None
 
 
-def _study(
+def _named(
     name: str,
     settings: type[Config],
-    full: Callable[..., BenchmarkResult],
-    quick: Callable[..., BenchmarkResult],
+    run: Callable[[Config, Session], BenchmarkResult],
     summary: Callable[[Config, Sequence[Mapping[str, object]]], BenchmarkResult],
 ) -> Benchmark[Config]:
     """One of several studies by the same code, each with the settings of its own name."""
-
-    def run(config: Config, session: Session) -> BenchmarkResult:
-        study = quick if session.quick else partial(full, runs=session.runs)
-        return replace(study(config, work=session.work, data=session.data, progress=session.progress), name=name)
-
-    def shown(config: Config, runs: Sequence[Mapping[str, object]]) -> BenchmarkResult:
-        return replace(summary(config, runs), name=name)
-
-    return Benchmark(settings, run, shown)
+    return Benchmark(
+        settings,
+        lambda config, session: replace(run(config, session), name=name),
+        lambda config, runs: replace(summary(config, runs), name=name),
+    )
 
 
-def _federated_quality(name: str) -> Benchmark[FederatedQualityRun]:
+def _federated_quality(config: FederatedQualityRun, session: Session) -> BenchmarkResult:
     study = federated_quality
-    return _study(name, FederatedQualityRun, study.federated_quality, study.quick_federated_quality, study.summary)
+    if session.quick:
+        return study.quick_federated_quality(config, work=session.work, data=session.data, progress=session.progress)
+    return study.federated_quality(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
 
 
-def _rank_worth(name: str) -> Benchmark[RankWorthRun]:
-    study = rank_worth
-    return _study(name, RankWorthRun, study.rank_worth, study.quick_rank_worth, study.summary)
+def _rank_worth(config: RankWorthRun, session: Session) -> BenchmarkResult:
+    if session.quick:
+        return rank_worth.quick_rank_worth(config, work=session.work, data=session.data, progress=session.progress)
+    return rank_worth.rank_worth(
+        config, runs=session.runs, work=session.work, data=session.data, progress=session.progress
+    )
 
 
 def _demo_quality(config: DemoQualityRun, session: Session) -> BenchmarkResult:
@@ -300,10 +301,17 @@ def _routing_ranks(config: RoutingRanksRun, session: Session) -> BenchmarkResult
 BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "demo-quality": Benchmark(DemoQualityRun, _demo_quality, demo_quality.summary),
     "dp-step-cost": Benchmark(DpStepCostRun, _dp_step_cost),
-    "federated-quality": _federated_quality("federated-quality"),
-    "federated-quality-clients": _federated_quality("federated-quality-clients"),
-    "federated-quality-subj": _federated_quality("federated-quality-subj"),
-    "par-claims": Benchmark(ParClaimsRun, _par_claims, par_claims.summary),
+    "federated-quality": _named(
+        "federated-quality", FederatedQualityRun, _federated_quality, federated_quality.summary
+    ),
+    "federated-quality-clients": _named(
+        "federated-quality-clients", FederatedQualityRun, _federated_quality, federated_quality.summary
+    ),
+    "federated-quality-subj": _named(
+        "federated-quality-subj", FederatedQualityRun, _federated_quality, federated_quality.summary
+    ),
+    "par-claims": _named("par-claims", ParClaimsRun, _par_claims, par_claims.summary),
+    "par-claims-ours": _named("par-claims-ours", ParClaimsRun, _par_claims, par_claims.summary),
     "par-minds": Benchmark(ParMindsRun, _par_minds, par_minds.summary),
     "par-smollm2": Benchmark(ParSmollm2Run, _par_smollm2, par_smollm2.summary),
     "par-voters": Benchmark(ParVotersRun, _par_voters),
@@ -315,10 +323,10 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "rank-change": Benchmark(RankChangeRun, _rank_change, rank_change.summary),
     "rank-depth": Benchmark(RankDepthRun, _rank_depth, rank_depth.summary),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
-    "rank-worth": _rank_worth("rank-worth"),
-    "rank-worth-100": _rank_worth("rank-worth-100"),
-    "rank-worth-500": _rank_worth("rank-worth-500"),
-    "rank-worth-smollm2": _rank_worth("rank-worth-smollm2"),
+    "rank-worth": _named("rank-worth", RankWorthRun, _rank_worth, rank_worth.summary),
+    "rank-worth-100": _named("rank-worth-100", RankWorthRun, _rank_worth, rank_worth.summary),
+    "rank-worth-500": _named("rank-worth-500", RankWorthRun, _rank_worth, rank_worth.summary),
+    "rank-worth-smollm2": _named("rank-worth-smollm2", RankWorthRun, _rank_worth, rank_worth.summary),
     "routing-attack": Benchmark(RoutingAttackRun, _routing_attack, routing_attack.summary),
     "routing-calibration": Benchmark(RoutingCalibrationRun, _routing_calibration, routing_calibration.summary),
     "routing-composition": Benchmark(RoutingCompositionRun, _routing_composition, routing_composition.summary),
