@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     # run files
     "no run file": (lambda root: ["train", str(root / "no.toml")], 2, "no.toml: no such file"),
     "run file is no TOML": (train("epochs = 1", "epochs = = 1"), 2, "run.toml: not valid TOML"),
-    "unknown key": (train("epochs = 1", "epoch = 1"), 2, "run.toml: key 'sft.epoch'"),
+    "unknown key": (train("epochs = 1", "epoch = 1"), 2, "run.toml: unknown key 'sft.epoch'"),
     "wrong type": (train("epochs = 1", 'epochs = "many"'), 2, "run.toml: key 'sft.epochs'"),
     "value out of range": (train("epochs = 1", "learning_rate = -1.0"), 2, "learning_rate is -1.0; it must be"),
     "missing key": (train('name = "new"\n', ""), 2, "run.toml: key 'name': Field required"),
@@ -500,7 +500,7 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     "a policy rule that is misspelt": (
         policy('effect = "allow"', 'efect = "allow"'),
         2,
-        "policy.toml: key 'rules.0.e",
+        "policy.toml: unknown key 'rules.0.e",
     ),
     "a policy label that is not declared": (
         policy("dept=arts", "dept=art"),

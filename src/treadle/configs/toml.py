@@ -108,7 +108,10 @@ def naming_keys(path: Path) -> Iterator[None]:
         yield
     except TreadleError as error:
         where = "" if error.where is None else str(error.where)
-        key = None if str(path) in where else _key_about(read_toml(path), error.what, where)
+        key = None
+        if str(path) not in where:
+            with contextlib.suppress(ConfigError):  # the file may be gone by now
+                key = _key_about(read_toml(path), error.what, where)
         if key is None:
             raise
         place = f"{path}, key {key!r}" + (f": {where}" if where else "")

@@ -61,6 +61,11 @@ def test_other_errors_stay_as_they_are(
     assert caught.value is error
 
 
+def test_a_file_that_is_gone_hides_no_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="^there is no text$"), naming_keys(tmp_path / "run.toml"):
+        raise InputError("there is no text")
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "said"),
     [

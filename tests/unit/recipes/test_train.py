@@ -182,7 +182,7 @@ def test_two_processes_do_not_train_one_adapter(root: Path, configure: Configure
         ({"data": 'sprit = "train"'}, "unknown key 'data.source.sprit'; delete the key"),
         ({"sft": "epochs = 0"}, "run.toml: epochs is 0; it must be at least 1"),
         ({"sft": 'epochs = "many"'}, "key 'sft.epochs'"),
-        ({"sft": "learning_rat = 1"}, "key 'sft.learning_rat': Unexpected keyword"),
+        ({"sft": "learning_rat = 1"}, "unknown key 'sft.learning_rat'; did you mean 'learning_rate'"),
         ({"sft": 'overlong = "wrap"'}, "key 'sft.overlong'"),
     ],
 )
