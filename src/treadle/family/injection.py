@@ -6,7 +6,6 @@ dict and the weights stay as they are, so whatever transformers can do with the 
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -122,10 +121,7 @@ def _hook_of(delta: Delta) -> Callable[..., Tensor | None]:
         if output is None or isinstance(named, Tensor):
             # torch passes no named inputs to a hook that comes or goes while another thread's pass is under way.
             return None
-        x = inputs[0] if inputs else next(iter(named.values()))
-        if isinstance(delta, _LowRank):
-            return delta.added_to(output, x)
-        added = delta(x)
+        added = delta(inputs[0] if inputs else next(iter(named.values())))
         return None if added is None else output + added.to(output.dtype)
 
     return hook
@@ -144,7 +140,7 @@ def inject(model: nn.Module, lora_A: Mapping[str, Tensor], folded_B: Mapping[str
     """
     shapes = {name: LayerShape(lora_A[name].shape[1], folded_B[name].shape[0]) for name in folded_B}
     layers = adapted_layers(model, shapes)
-    deltas = {name: _low_rank(lora_A[name].to(_device(layers[name])), folded_B[name]) for name in folded_B}
+    deltas = {name: low_rank_delta(lora_A[name].to(_device(layers[name])), folded_B[name]) for name in folded_B}
     return Attachment(layers, deltas)
 
 
@@ -152,29 +148,15 @@ def _device(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device
 
 
-@dataclass(frozen=True)
-class _LowRank:
-    """x ↦ B·(A·x), computed in the dtype that A and B share whatever that of x is."""
-
-    A: Float[Tensor, "rank inner"]
-    B: Float[Tensor, "outer rank"]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x.to(self.A.dtype), self.A), self.B)
-
-    def added_to(self, output: Tensor, x: Tensor) -> Tensor:
-        """The layer's output with the update: of constants in its own dtype by one product, which writes no update."""
-        trained = self.A.requires_grad or self.B.requires_grad  # per-example gradients look for `linear`
-        if trained or not output.dtype == x.dtype == self.A.dtype:
-            return output + self(x).to(output.dtype)
-        z = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.A)
-        return torch.addmm(output.reshape(-1, output.shape[-1]), z, self.B.T).view(output.shape)
-
-
-def _low_rank(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"]) -> _LowRank:
-    """The update, an A in half precision widened to B's."""
+def low_rank_delta(A: Float[Tensor, "rank inner"], B: Float[Tensor, "outer rank"]) -> Delta:
+    """x ↦ B·(A·x), computed in the dtype of B whatever that of x is; an A in half precision is widened to it."""
     moved = B if isinstance(B, nn.Parameter) else B.to(A.device)
-    return _LowRank(A if A.dtype == B.dtype else A.to(B.dtype), moved)
+    wide = A if A.dtype == B.dtype else A.to(B.dtype)
+
+    def delta(x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x.to(wide.dtype), wide), moved)
+
+    return delta
 
 
 @contextlib.contextmanager
