@@ -22,6 +22,21 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+def refuse_existing(path: Path, *, overwrite: bool, kind: str = "folder") -> None:
+    """Return if a run may write to `path`; asked before minutes of work, not after.
+
+    Args:
+        path: the run's `out`.
+        overwrite: what the run's configuration says.
+        kind: "folder" or "file".
+
+    Raises:
+        InputError: something is there, and is not to be overwritten.
+    """
+    if path.exists() and not overwrite:
+        raise InputError("already exists", where=path, remedy=f"choose another out {kind} or set overwrite = true")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, fsynced, renamed, so that it is never half a file.
 

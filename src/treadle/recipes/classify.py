@@ -131,8 +131,7 @@ def _check_out(config: ClassifyRun) -> None:
     for path in (config.out, config.summary):
         if path.resolve() == Path(config.data.source).resolve():
             raise InputError("the labels would replace the data", where=path, remedy="choose another out file")
-        if path.exists() and not config.overwrite:
-            raise InputError("already exists", where=path, remedy="choose another out file or set overwrite = true")
+        files.refuse_existing(path, overwrite=config.overwrite, kind="file")
 
 
 def _poll(config: ClassifyRun, rows: Sequence[Row]) -> Poll:

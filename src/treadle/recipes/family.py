@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from treadle.configs.family import EqualRanks, FamilyRun, PublicText
 from treadle.data.public_text import public_texts
-from treadle.errors import InputError, MismatchError
+from treadle.errors import MismatchError
 from treadle.family.family import INITS, AdapterFamily
 from treadle.family.initial import weight_svd
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
+from treadle.files import refuse_existing
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
@@ -33,8 +34,7 @@ def new_family(config: FamilyRun, progress: Progress = silent) -> AdapterFamily:
         MismatchError: the plan was made for another base, or names layers that this one lacks.
         UnavailableError: the base must be fetched and cannot be, or the disk refuses.
     """
-    if config.out.exists() and not config.overwrite:  # said before minutes of work, not after
-        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
+    refuse_existing(config.out, overwrite=config.overwrite)
     planned = RankPlan.load(config.plan) if config.plan else None
     progress("opening the base model", 0, 0)
     base = identity_of(config.base)

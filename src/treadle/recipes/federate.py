@@ -17,7 +17,7 @@ from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
-from treadle.files import checked_name
+from treadle.files import checked_name, refuse_existing
 from treadle.privacy.noise import SystemRandomness
 from treadle.progress import Progress, silent
 from treadle.recipes.silo import silo_client
@@ -176,8 +176,7 @@ def run_of(config: FederateRun, *, resume: bool) -> tuple[Federation, RunFolder]
         InputError: `config.out` exists, there is no family, or a run has begun or has not.
     """
     checked_name(config.name, where="key 'name'")
-    if config.out.exists() and not config.overwrite:
-        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
+    refuse_existing(config.out, overwrite=config.overwrite)
     federation = federation_of(config)
     folder = RunFolder(state_folder(config), facts_of(federation))
     if folder.exists and not resume:

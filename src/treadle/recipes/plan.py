@@ -59,7 +59,7 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
         InputError: `config.out` exists, or the model, text, budget or a peer cannot be used.
         UnavailableError: the base must be fetched and cannot be, memory does not suffice, or the disk refuses.
     """
-    _check_out(config.out, overwrite=config.overwrite)
+    files.refuse_existing(config.out, overwrite=config.overwrite)
     check_names(config.compare, rule=config.rule, probe=name_of(config.probe))
     base = identity_of(config.base)
     tokenizer, model = load_tokenizer(config.base), load_model(config.base, device=config.device)
@@ -99,7 +99,7 @@ def replan(config: Replan) -> Planned:
         InputError: `config.out` exists, the scores are damaged or say no base, or the budget cannot be met.
         MismatchError: the scores are of another base than `config.base`.
     """
-    _check_out(config.out, overwrite=config.overwrite)
+    files.refuse_existing(config.out, overwrite=config.overwrite)
     scores = ProbeScores.load(config.scores)
     check_names(config.compare, rule=config.rule, probe=scores.probe)
     if scores.base is None:
@@ -184,11 +184,6 @@ def stated(scores: ProbeScores, config: PlanRun, base: BaseIdentity) -> ProbeSco
         return replace(scores, base=base, text="private", text_sha256=None)
     source = "pydoc" if config.examples is None and config.text.source == "pydoc" else "file"
     return replace(scores, base=base, text=f"public: {source}")
-
-
-def _check_out(out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not overwrite:  # said before minutes of work, not after
-        raise InputError("already exists", where=out, remedy="choose another out folder or set overwrite = true")
 
 
 def _scores(probed: ProbeScores | Settled) -> ProbeScores:

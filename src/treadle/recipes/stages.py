@@ -25,7 +25,7 @@ from treadle.errors import InputError
 from treadle.evaluation.answers import generated
 from treadle.family.adapter import Adapter, Provenance, package_versions
 from treadle.family.family import AdapterFamily
-from treadle.files import checked_name
+from treadle.files import checked_name, refuse_existing
 from treadle.partition.region_files import save_regions
 from treadle.partition.regions import Regions
 from treadle.progress import Progress, silent
@@ -96,8 +96,7 @@ def train_adapter_in_stages(
     names = {system: f"{config.name}-{system}" for system in config.systems} if config.minds else {}
     minds = {system: config.out.parent / f"{config.out.name}-{system}" for system in names}
     for folder in (config.out, *minds.values()):
-        if folder.exists() and not config.overwrite:
-            raise InputError("already exists", where=folder, remedy="choose another out folder or set overwrite = true")
+        refuse_existing(folder, overwrite=config.overwrite)
     family = AdapterFamily.load(config.family)
     systems = {name: _system(name, data, seed=config.regions.seed) for name, data in config.systems.items()}
     model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)

@@ -18,7 +18,7 @@ from treadle.data.tasks import Condition, Task, load_task
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
-from treadle.files import checked_name, locked
+from treadle.files import checked_name, locked, refuse_existing
 from treadle.privacy.plan import DPPlan
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
@@ -56,8 +56,7 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
         TreadleError: training failed; see `train_sft` and `train_private`.
     """
     checked_name(config.name, where="key 'name'")
-    if config.out.exists() and not config.overwrite:
-        raise InputError("already exists", where=config.out, remedy="choose another out folder or set overwrite = true")
+    refuse_existing(config.out, overwrite=config.overwrite)
     family = AdapterFamily.load(config.family)
     examples = _examples(config)
     plan = _plan(config, examples)
