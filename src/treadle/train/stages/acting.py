@@ -2,8 +2,10 @@
 
 The trained ranks of a module are a smaller LoRA of their own, so gradients and moments exist for them alone and no
 mask is needed; modules without a trained rank are not wrapped at all. Everything else that acts (ranks trained by
-other stages, the subtracted start) is added by hooks on the same layers, which know no gradient. PEFT's adapter is
-called "default", as TRL expects: the reference policy that TRL then copies is the policy with which the stage began.
+other stages, the subtracted start) is frozen. In a wrapped module it rides in the product of the trained ranks, so that
+a step never takes more than one that trains all; in the others, and wherever PEFT's adapter is not the one that acts,
+hooks on the layers add it. PEFT's adapter is called "default", as TRL expects: the reference policy that TRL then
+copies is the policy with which the stage began.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from treadle.errors import InputError
-from treadle.family.injection import adapted_layers, inject
+from treadle.family.injection import Attachment, adapted_layers, inject
 from treadle.family.peft_format import lora_config
 from treadle.family.plan import ModulePlan, RankPlan
 from treadle.train.stages.factors import Factors
@@ -89,7 +91,9 @@ def acting(model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[
     transposed = isinstance(next(iter(layers.values())), Conv1D)
     config = lora_config(plan, base_name=model.name_or_path or "", task_type="CAUSAL_LM", transposed=transposed)
     config.inference_mode = False
-    with _as_before(model), others_acting(model, factors, chosen):
+    others = _others(factors, chosen)
+    alone = {name: sides for name, sides in others.items() if name not in chosen}
+    with _as_before(model), _injected(model, factors, alone), contextlib.ExitStack() as hooks:
         wrapped = cast("PeftModel", get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False))
         try:
             parts = {name: _parts(wrapped, name) for name in chosen}
@@ -99,6 +103,8 @@ def acting(model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[
                 if not factors.moves_A:
                     A.requires_grad_(False)
                     _keep_frozen(wrapped, name)
+                if name in others:
+                    hooks.enter_context(_riding(wrapped, name, others[name]))
             sides = [{name: part[side] for name, part in parts.items()} for side in (0, 1)]
             yield Acting(wrapped, sides[0], sides[1], factors, chosen)
         finally:
@@ -136,19 +142,64 @@ def others_acting(
         factors: what acts.
         trained: (rank,) a module, the ranks that are left to the caller.
     """
-    lora_A: dict[str, Tensor] = {}
-    folded_B: dict[str, Tensor] = {}
+    with _injected(model, factors, _others(factors, trained)):
+        yield
+
+
+def _others(factors: Factors, trained: Mapping[str, Bool[Tensor, " rank"]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (others, in_features) and B (out_features, others) of what acts untrained, in the modules that have some."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, A in factors.lora_A.items():
         others = ~trained.get(name, torch.zeros(len(A), dtype=torch.bool))
-        sides = [(A[others], factors.lora_B[name][:, others])] if bool(others.any()) else []
+        sides = [(A[others], factors.lora_B[name][:, others])]
         if name in factors.start_B:
             sides.append((factors.start_A[name], -factors.start_B[name]))
         sides = [(a, b) for a, b in sides if bool(b.any())]
         if sides:
-            lora_A[name] = torch.cat([a for a, _ in sides])
-            folded_B[name] = factors.scaling(name) * torch.cat([b for _, b in sides], dim=1)
-    with inject(model, lora_A, folded_B) if lora_A else contextlib.nullcontext():
+            found[name] = (torch.cat([a for a, _ in sides]), torch.cat([b for _, b in sides], dim=1))
+    return found
+
+
+@contextlib.contextmanager
+def _injected(model: PreTrainedModel, factors: Factors, others: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """A block in which hooks add the others' products."""
+    lora_A = {name: A for name, (A, _) in others.items()}
+    with inject(model, lora_A, {name: factors.scaling(name) * B for name, (_, B) in others.items()}):
         yield
+
+
+class _Joined(nn.Module):
+    """A factor whose trained ranks are its parameter, as PEFT's own layer has it, and whose others are frozen."""
+
+    others: Tensor
+
+    def __init__(self, weight: nn.Parameter, others: Tensor, dim: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("others", others.detach().to(weight), persistent=False)
+        self._dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, torch.cat([self.weight, self.others], self._dim))
+
+
+def _riding(model: PeftModel, name: str, others: tuple[Tensor, Tensor]) -> Attachment:
+    """Let the others act in the product of the module's trained ranks, and by a hook where those ranks do not act.
+
+    TRL's reference policy is another adapter on the same layer, of the trained ranks alone.
+    """
+    layer = cast("LoraLayer", model.get_submodule(f"base_model.model.{name}"))
+    A, B = (
+        _Joined(part, other, dim) for dim, (part, other) in enumerate(zip(_parts(model, name), others, strict=True))
+    )
+    layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = A, B
+
+    def beside(x: Tensor) -> Tensor | None:
+        if ADAPTER in layer.active_adapters and not layer.disable_adapters:
+            return None
+        return nn.functional.linear(nn.functional.linear(x.to(A.others), A.others), B.others * layer.scaling[ADAPTER])
+
+    return Attachment({name: layer.get_base_layer()}, {name: beside})
 
 
 @contextlib.contextmanager

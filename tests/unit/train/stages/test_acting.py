@@ -68,6 +68,35 @@ def test_only_the_chosen_ranks_can_be_trained(world: SimpleNamespace) -> None:
         assert bool((after.lora_B[name][:, kept] != factors.lora_B[name][:, kept]).any())
 
 
+@pytest.mark.parametrize("start", ["zero", "pissa"])
+def test_what_is_frozen_acts_for_the_reference_policy_and_for_none_too(world: SimpleNamespace, start: str) -> None:
+    """TRL copies "default" to "ref", trained ranks alone, and switches between them or turns both off."""
+    factors = noisy(started(world.model, world.family, start, moves_A=False))
+    chosen, ids = some(factors), torch.randint(4, 100, (3, 7))
+    none = {name: torch.where(chosen[name], 0, B) if name in chosen else B for name, B in factors.lora_B.items()}
+    with acting(world.model, factors.moved({}, none), chosen) as now:
+        expected = now.model(ids).logits
+    with acting(world.model, factors, chosen) as now:
+        began = now.model(ids).logits
+        now.model.add_adapter("ref", now.model.peft_config["default"])
+        for name, parameter in now.model.named_parameters():
+            if ".default." in name:
+                now.model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+        assert not any("others" in name for name in now.model.state_dict()), "a checkpoint has what is trained"
+        for B in now.lora_B.values():
+            B.data += 0.5
+        moved = now.model(ids).logits
+        now.model.set_adapter("ref")
+        reference = now.model(ids).logits
+        with now.model.disable_adapter():
+            without = now.model(ids).logits
+    # float32 sums in another order: joined in one product, or added by a hook
+    assert_close(reference, began, atol=1e-4, rtol=1e-4)
+    assert_close(without, expected, atol=1e-4, rtol=1e-4)
+    assert (moved - began).abs().max() > 0.01
+    assert (without - began).abs().max() > 0.01
+
+
 def test_nothing_stays_behind(world: SimpleNamespace) -> None:
     model = world.model
     world.model.train()
