@@ -102,7 +102,7 @@ class Consortium:
     def run(self, task: str, clients: Sequence[str], *, work: str) -> tuple["FederateRun", Path]:
         """A run over these clients, and its TOML."""
         from treadle.configs.federate import FederateRun
-        from treadle.configs.toml import load_toml
+        from treadle.toml import load_toml
 
         path, quoted = self.root / f"{task}.toml", ", ".join(f'"{name}"' for name in clients)
         path.write_text(RUN.format(root=self.root, task=task, clients=quoted, port=self.port, work=work))

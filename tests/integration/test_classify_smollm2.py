@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from treadle.configs.classify import ClassifyRun
-from treadle.configs.toml import checked
 from treadle.data.prompts import Example
 from treadle.evaluation.answers import candidate_scores, generated
 from treadle.models.loading import load_model, load_tokenizer
 from treadle.recipes.classify import classify
+from treadle.toml import checked
 
 pytestmark = pytest.mark.integration
 

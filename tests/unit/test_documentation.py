@@ -15,12 +15,12 @@ from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun
 from treadle.configs.policy import PolicyFile
-from treadle.configs.toml import RunConfig, checked
 from treadle.configs.train import TrainRun
+from treadle.toml import TomlTable, checked
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUNS: dict[str, type[RunConfig]] = {
+RUNS: dict[str, type[TomlTable]] = {
     "audit": AuditRun,
     "classify": ClassifyRun,
     "plan": PlanRun,

@@ -56,7 +56,7 @@ IMPORTERS = {
         "train/stages/acting.py",
     ),
     "plotly": (),
-    "pydantic": ("configs/", "data/tasks.py"),
+    "pydantic": ("configs/", "data/tasks.py", "toml.py"),
     "reasoning_gym": ("data/reasoning.py",),
     "rich": ("cli/",),
     "trl": ("train/stages/trl.py",),

@@ -20,8 +20,8 @@ def audit_command(run: Run, json: Json = False) -> None:
     from math import isinf
 
     from treadle.configs.audit import AuditRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.audited_training import audit
+    from treadle.toml import load_toml
 
     config = load_toml(run, AuditRun)
     with working(run) as progress:

@@ -31,9 +31,9 @@ def measure_command(
     Example: treadle bank measure north.toml adapters/triage --family family --epsilon 1 --out triage.norms.json
     """
     from treadle.configs.federate import SiloRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.calibration import PublicSource
     from treadle.recipes.measure import Measurement, measure
+    from treadle.toml import load_toml
 
     config, asked = load_toml(silo, SiloRun), Measurement(adapter, family, epsilon, PublicSource(text), clip, run)
     with working() as progress:

@@ -20,8 +20,8 @@ def classify_command(run: Run, json: Json = False) -> None:
     Example: treadle classify classify.toml
     """
     from treadle.configs.classify import ClassifyRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.classify import classify
+    from treadle.toml import load_toml
 
     config = load_toml(run, ClassifyRun)
     with working(run) as progress:

@@ -74,7 +74,7 @@ def working(run: Path | None = None) -> Iterator[Progress]:
     Args:
         run: the TOML file that the work follows; errors about what it names say by which key.
     """
-    from treadle.configs.toml import naming_keys
+    from treadle.toml import naming_keys
 
     console = Console(stderr=True)
     naming = contextlib.nullcontext() if run is None else naming_keys(run)

@@ -33,9 +33,9 @@ def demo_command(
     """
     from treadle.cli.tables import show_evaluation
     from treadle.configs.demo import DemoRun
-    from treadle.configs.toml import checked
     from treadle.recipes.demo import demo
     from treadle.reports.pages import demo_page, write_page
+    from treadle.toml import checked
 
     folder = out or Path("runs") / ("demo" + ("-data" if data else "") + ("-quick" if quick else ""))
     given: dict[str, object] = {

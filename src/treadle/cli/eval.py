@@ -27,8 +27,8 @@ def eval_command(
     """
     from treadle.cli.tables import show_evaluation
     from treadle.configs.evaluate import EvaluateRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.evaluate import evaluate
+    from treadle.toml import load_toml
 
     config = load_toml(run, EvaluateRun)
     if allow_code_execution:

@@ -26,8 +26,8 @@ def new_command(run: Run, json: Json = False) -> None:
     """
     from treadle.cli.tables import show_family
     from treadle.configs.family import FamilyRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.family import new_family
+    from treadle.toml import load_toml
 
     config = load_toml(run, FamilyRun)
     with working(run) as progress:

@@ -50,8 +50,8 @@ def watch_command(
     """
     from treadle.cli.federation_tables import show_watched, watch
     from treadle.configs.federate import FederateRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.federate import watched
+    from treadle.toml import load_toml
 
     config = load_toml(run, FederateRun)
     if not (once or json):
@@ -65,8 +65,8 @@ def serve_command(run: Run, json: Json = False) -> None:
     Example: treadle federate serve triage.toml
     """
     from treadle.configs.federate import FederateRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.superlink import superlink_command
+    from treadle.toml import load_toml
 
     config = load_toml(run, FederateRun)
     command = superlink_command(config)
@@ -85,8 +85,8 @@ def admit_command(
     Example: treadle federate admit triage.toml north.pub
     """
     from treadle.configs.federate import FederateRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.superlink import admit
+    from treadle.toml import load_toml
 
     admit(load_toml(run, FederateRun), key)
     if json:
@@ -102,9 +102,9 @@ def silo_command(
     Example: treadle federate silo north.toml
     """
     from treadle.configs.federate import SiloRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.silo import check_rows, silo_client
     from treadle.recipes.superlink import serve_silo
+    from treadle.toml import load_toml
 
     config = load_toml(silo, SiloRun)
     with working(silo) as progress:
@@ -118,8 +118,8 @@ def silo_command(
 def _federate(run: Path, *, json: bool, resume: bool) -> None:
     from treadle.cli.federation_tables import page_of, show_federation
     from treadle.configs.federate import FederateRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.federate import federate_in_process, federate_simulated
+    from treadle.toml import load_toml
 
     config = load_toml(run, FederateRun)
     with working(run) as progress:

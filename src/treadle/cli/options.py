@@ -47,7 +47,7 @@ GranularityName = Literal["sequence", "evidence", "token", "layer"]
 def _read(path: Path | None) -> Path | None:
     """The path, once its file can be read: whoever mistypes it need not wait for torch."""
     if path is not None:
-        from treadle.configs.toml import read_toml
+        from treadle.toml import read_toml
 
         read_toml(path)
     return path

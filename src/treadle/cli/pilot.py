@@ -25,8 +25,8 @@ def pilot_command(
     """
     from treadle.cli.pilot_tables import show_pilot
     from treadle.configs.pilot import PilotRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.pilot import pilot as tried
+    from treadle.toml import load_toml
 
     config = load_toml(pilot, PilotRun)
     with working(pilot) as progress:
@@ -51,8 +51,8 @@ def probe_command(
     """
     from treadle.cli.pilot_tables import show_probe
     from treadle.configs.federate import FederateRun, SiloRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.probe import probe
+    from treadle.toml import load_toml
 
     config = load_toml(silo, SiloRun)
     federation = None if run is None else load_toml(run, FederateRun)

@@ -62,8 +62,8 @@ def plan_command(
     """
     from treadle.cli.tables import show_plan
     from treadle.configs.plan import PlanRun, Replan
-    from treadle.configs.toml import checked, load_toml
     from treadle.recipes.plan import plan, replan
+    from treadle.toml import checked, load_toml
 
     stated = {
         "out": out,

@@ -35,9 +35,9 @@ def train_command(
         _in_stages(run, allow_code_execution, html, json=json)
         return
     from treadle.cli.tables import show_training
-    from treadle.configs.toml import load_toml
     from treadle.configs.train import TrainRun
     from treadle.recipes.train import train_adapter
+    from treadle.toml import load_toml
 
     if html is not None or allow_code_execution:
         raise InputError("--html and --allow-code-execution go with stages", where=run, remedy="leave them out")
@@ -50,8 +50,8 @@ def train_command(
 def _in_stages(run: Path, allow_code_execution: bool, html: Path | None, *, json: bool) -> None:
     from treadle.cli.stage_tables import show_stages
     from treadle.configs.stages import StagesRun
-    from treadle.configs.toml import load_toml
     from treadle.recipes.stages import train_adapter_in_stages
+    from treadle.toml import load_toml
 
     config = load_toml(run, StagesRun)
     with working(run) as progress:

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.configs.train import PrivacyPromise, SourceData, TaskData, kind_of_data
+from treadle.toml import TomlTable
 from treadle.train.settings import PrivateSettings
 
 
-class AuditedTraining(RunConfig):
+class AuditedTraining(TomlTable):
     """A private run with canaries.
 
     Attributes:
@@ -45,7 +45,7 @@ class AuditedTraining(RunConfig):
         return self.rows + self.canaries // 2
 
 
-class PrivacyAuditRun(RunConfig):
+class PrivacyAuditRun(TomlTable):
     """`privacy-audit`.
 
     Attributes:
@@ -75,7 +75,7 @@ class PrivacyAuditRun(RunConfig):
     rows: AuditedTraining
 
 
-class AuditRun(RunConfig):
+class AuditRun(TomlTable):
     """`treadle audit`: private training as `treadle train` would do it, with canaries whose gradients are made up.
 
     Attributes:

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.data.prompts import fields_of
 from treadle.data.voting import System, Tie, VotingRule
 from treadle.evaluation.voters import VoterSettings
 from treadle.files import checked_name
+from treadle.toml import TomlTable
 
 SYSTEMS = (
     System("system1", "the answer is recalled, recognised or read off at once; no intermediate step is needed"),
@@ -21,7 +21,7 @@ SYSTEMS = (
 """The two systems of the article, in our words."""
 
 
-class ClassifiedData(RunConfig):
+class ClassifiedData(TomlTable):
     """Which rows are labelled, and what voters who read are shown of them.
 
     Attributes:
@@ -44,7 +44,7 @@ class ClassifiedData(RunConfig):
     name: str | None = None
 
 
-class ClassifyRun(RunConfig):
+class ClassifyRun(TomlTable):
     """Who labels which rows, and how votes are counted.
 
     Attributes:

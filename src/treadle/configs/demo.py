@@ -5,15 +5,15 @@ from pathlib import Path
 from pydantic import Field
 
 from treadle.configs.fleet import FleetRun
-from treadle.configs.toml import RunConfig
 from treadle.ranks.perturbation import PerturbationSettings
+from treadle.toml import TomlTable
 from treadle.train.settings import SftSettings
 
 GENERATED = ("syllogism", "family_relationships", "chain_sum", "word_sequence_reversal")
 FROM_FILES = ("sst2", "subj", "trec", "qnli")
 
 
-class DemoRun(RunConfig):
+class DemoRun(TomlTable):
     """The demo's size and place.
 
     Attributes:

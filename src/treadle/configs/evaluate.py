@@ -7,10 +7,10 @@ from typing import get_args
 
 from pydantic import Field, field_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.data.tasks import Condition
 from treadle.routing.routed import Granularity
 from treadle.routing.scorers import SCORERS
+from treadle.toml import TomlTable
 
 ARMS = ("base", "alone", "mean", "arrow", "token", "sequence", "oracle")
 """The ways of answering that are compared unless the run says otherwise."""
@@ -62,7 +62,7 @@ def routed_arm(arm: str) -> RoutedArm:
     return RoutedArm(scorer, granularity)  # type: ignore[arg-type]
 
 
-class EvaluateRun(RunConfig):
+class EvaluateRun(TomlTable):
     """Which bank is asked which tasks, and how.
 
     Attributes:

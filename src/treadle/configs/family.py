@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from treadle.configs.toml import RunConfig
+from treadle.toml import TomlTable
 
 
-class PublicText(RunConfig):
+class PublicText(TomlTable):
     """Which public text the base reads, in whose principal directions A lies.
 
     Attributes:
@@ -24,7 +24,7 @@ class PublicText(RunConfig):
     field: str = "text"
 
 
-class EqualRanks(RunConfig):
+class EqualRanks(TomlTable):
     """The plan that gives every layer of some kinds one rank.
 
     Attributes:
@@ -38,7 +38,7 @@ class EqualRanks(RunConfig):
     kinds: tuple[str, ...] | None = None
 
 
-class FamilyRun(RunConfig):
+class FamilyRun(TomlTable):
     """Which family is made.
 
     Attributes:

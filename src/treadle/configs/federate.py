@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.configs.train import SourceData, TaskData, kind_of_data, refuse_limit
+from treadle.toml import TomlTable
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
 
 
-class SuperLink(RunConfig):
+class SuperLink(TomlTable):
     """The server that silos connect to, over TLS, with a key of its own for every silo.
 
     Attributes:
@@ -29,7 +29,7 @@ class SuperLink(RunConfig):
     root_certificates: Path
 
 
-class ClientPrivacy(RunConfig):
+class ClientPrivacy(TomlTable):
     """What a trusted server promises to whole clients, beside what each promises to its rows.
 
     Attributes:
@@ -43,7 +43,7 @@ class ClientPrivacy(RunConfig):
     max_update_norm: float = Field(default=1.0, gt=0)
 
 
-class FederateRun(RunConfig):
+class FederateRun(TomlTable):
     """Which adapter a federation trains, and how.
 
     Attributes:
@@ -85,7 +85,7 @@ class FederateRun(RunConfig):
         return self
 
 
-class SiloPrivacy(RunConfig):
+class SiloPrivacy(TomlTable):
     """What one run may cost a row of a silo.
 
     Attributes:
@@ -101,7 +101,7 @@ class SiloPrivacy(RunConfig):
     share_records: bool = False
 
 
-class SiloLedger(RunConfig):
+class SiloLedger(TomlTable):
     """Where a silo keeps account, and what it allows in all.
 
     Attributes:
@@ -115,7 +115,7 @@ class SiloLedger(RunConfig):
     epsilon: Annotated[float, Field(gt=0)] | Literal["none"] | None = None
 
 
-class SuperNode(RunConfig):
+class SuperNode(TomlTable):
     """How a silo reaches a real server.
 
     Attributes:
@@ -131,7 +131,7 @@ class SuperNode(RunConfig):
     port: int = Field(default=9094, ge=1, le=65535)
 
 
-class SiloRun(RunConfig):
+class SiloRun(TomlTable):
     """One client.
 
     Attributes:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from treadle.configs.toml import RunConfig
 from treadle.ranks.perturbation import PerturbationSettings
+from treadle.toml import TomlTable
 from treadle.train.settings import SftSettings
 
 
-class FleetSettings(RunConfig):
+class FleetSettings(TomlTable):
     """How fleets are grown, whatever their tasks and their place.
 
     Attributes:

@@ -7,8 +7,8 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from treadle.configs.family import PublicText
 from treadle.configs.federate import FederateRun, SuperLink
-from treadle.configs.toml import RunConfig
 from treadle.configs.train import SourceData, TaskData, kind_of_data
+from treadle.toml import TomlTable
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
 
@@ -18,7 +18,7 @@ Epsilon = Positive | Literal["none"]
 """ε of a run; "none" for no noise and no guarantee."""
 
 
-class PilotGrid(RunConfig):
+class PilotGrid(TomlTable):
     """What is tried, each with each.
 
     Attributes:
@@ -42,7 +42,7 @@ class PilotGrid(RunConfig):
         return self
 
 
-class PilotTrials(RunConfig):
+class PilotTrials(TomlTable):
     """How one trial is made.
 
     Attributes:
@@ -76,7 +76,7 @@ class PilotTrials(RunConfig):
         return self
 
 
-class Go(RunConfig):
+class Go(TomlTable):
     """What must be reached for "go"; stated before the first trial, and not changed after it.
 
     Attributes:
@@ -94,7 +94,7 @@ class Go(RunConfig):
     memory_bytes: int | None = Field(default=None, ge=1)
 
 
-class FullWork(RunConfig):
+class FullWork(TomlTable):
     """`LocalWork` of the run that is prepared, but for what the pilot chooses: learning rate and clip."""
 
     rounds: int
@@ -124,7 +124,7 @@ class FullWork(RunConfig):
         )
 
 
-class FullRun(RunConfig):
+class FullRun(TomlTable):
     """The run that is prepared: the keys of `FederateRun` without its family.
 
     Attributes:
@@ -167,7 +167,7 @@ class FullRun(RunConfig):
         )
 
 
-class PilotRun(RunConfig):
+class PilotRun(TomlTable):
     """What a pilot tries.
 
     Attributes:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.configs.train import SourceData, TaskData, kind_of_data
 from treadle.errors import InputError
 from treadle.family.plan import LayerShape
@@ -18,6 +17,7 @@ from treadle.ranks.probing import COUNTS
 from treadle.ranks.rules import RuleName
 from treadle.ranks.stability import TrialsRule
 from treadle.ranks.ties import Ties
+from treadle.toml import TomlTable
 
 
 def _named_probe(table: object) -> object:
@@ -41,7 +41,7 @@ def trials_of(settings: ProbeSettings) -> str | None:
     return next((key for key in COUNTS if hasattr(settings, key)), None)
 
 
-class ProbeText(RunConfig):
+class ProbeText(TomlTable):
     """Which text the probe runs.
 
     Attributes:
@@ -58,7 +58,7 @@ class ProbeText(RunConfig):
     public: bool = True
 
 
-class Shares(RunConfig):
+class Shares(TomlTable):
     """How a budget is shared out over the modules.
 
     Attributes:

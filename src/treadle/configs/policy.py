@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import ConfigError, InputError
 from treadle.routing.policy import Policy, Rule
+from treadle.toml import TomlTable, load_toml
 
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class PolicyFile(RunConfig):
+class PolicyFile(TomlTable):
     """A policy as TOML: the fields of `treadle.routing.policy.Policy`, a table `[[rules]]` for each of its rules.
 
     Attributes:

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from treadle.configs.toml import RunConfig, read_toml
 from treadle.configs.train import SourceData, TaskData, TrainRun, kind_of_data
 from treadle.data.metrics import Code, ExactMatch
 from treadle.partition.importance import SCORES, Score
+from treadle.toml import TomlTable, read_toml
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import WITHOUT_IMPORTANCE, Start
 
@@ -48,7 +48,7 @@ SystemData = Annotated[
 ]
 
 
-class RegionRun(RunConfig):
+class RegionRun(TomlTable):
     """Which parameters belong to which system.
 
     Attributes:
@@ -82,7 +82,7 @@ class RegionRun(RunConfig):
         return self
 
 
-class StageRun(RunConfig):
+class StageRun(TomlTable):
     """One stage: whose data, whose parameters, how they are trained.
 
     Attributes:
@@ -105,7 +105,7 @@ class StageRun(RunConfig):
         return self
 
 
-class StagesRun(RunConfig):
+class StagesRun(TomlTable):
     """Which adapter is trained in stages, in which family, on what.
 
     Attributes:

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.privacy.accounting import Accountant
 from treadle.privacy.plan import PrivacySettings
+from treadle.toml import TomlTable
 from treadle.train.settings import PrivateSettings, SftSettings
 
 
-class TaskData(RunConfig):
+class TaskData(TomlTable):
     """The training split of a task.
 
     Attributes:
@@ -26,7 +26,7 @@ class TaskData(RunConfig):
     limit: int | None = Field(default=None, ge=1)
 
 
-class SourceData(RunConfig):
+class SourceData(TomlTable):
     """Rows of any source with a template.
 
     Attributes:
@@ -50,7 +50,7 @@ class SourceData(RunConfig):
     name: str | None = None
 
 
-class PrivacyPromise(RunConfig):
+class PrivacyPromise(TomlTable):
     """What a private run promises; see `PrivacySettings`.
 
     Attributes:
@@ -105,7 +105,7 @@ def kind_of_data(data: object) -> str:
     return "task" if task else "source"
 
 
-class TrainRun(RunConfig):
+class TrainRun(TomlTable):
     """Which adapter is trained, in which family, on what.
 
     Attributes:

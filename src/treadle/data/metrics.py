@@ -12,7 +12,13 @@ _FORBID = {"extra": "forbid"}  # read by pydantic, which makes these from a task
 
 @dataclass(frozen=True)
 class LabelLikelihood:
-    """The likeliest of a fixed set of labels, each written as its text (the verbaliser); `field` holds the label."""
+    """The likeliest of a fixed set of labels, each written as its text (the verbaliser).
+
+    Attributes:
+        kind: "label-likelihood".
+        labels: label → text.
+        field: of a row, that holds its label.
+    """
 
     kind: Literal["label-likelihood"]
     labels: dict[str, str]
@@ -30,7 +36,13 @@ class LabelLikelihood:
 
 @dataclass(frozen=True)
 class Choices:
-    """The likeliest letter among those of the row's choices, which `{choices}` shows as lines `A. …`, `B. …`."""
+    """The likeliest letter among those of the row's choices, which `{choices}` shows as lines `A. …`, `B. …`.
+
+    Attributes:
+        kind: "choices".
+        field: of a row, that holds the right letter.
+        choices: of a row, that holds the list of texts.
+    """
 
     kind: Literal["choices"]
     field: str = "answer"
@@ -51,7 +63,18 @@ class Choices:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """The generated text, up to the first of the `stop` strings, equals the row's `field`, both of them normalised."""
+    """The generated text, up to the first of the `stop` strings, equals the row's `field`, both of them normalised.
+
+    Attributes:
+        kind: "exact-match".
+        max_new_tokens: generated tokens at most.
+        field: of a row, that holds its answer.
+        first_line: whether the first line alone counts.
+        ignore_case: whether case does not matter.
+        ignore: characters that do not matter.
+        extract: a regular expression with one group, whose last match counts.
+        stop: texts that end the answer.
+    """
 
     kind: Literal["exact-match"]
     max_new_tokens: int
@@ -92,7 +115,16 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class Code:
-    """The generated function passes its unit tests; `stop` ends the completion where the next definition begins."""
+    """The generated function passes its unit tests.
+
+    Attributes:
+        kind: "code".
+        max_new_tokens: generated tokens at most.
+        stop: texts that end the function, as the next definition does.
+        stub: of a row, that holds the function's beginning.
+        tests: of a row, that holds a function `check`.
+        entry_point: of a row, that holds the function's name.
+    """
 
     kind: Literal["code"]
     max_new_tokens: int

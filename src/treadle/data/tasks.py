@@ -3,11 +3,10 @@
 import difflib
 import hashlib
 import importlib.resources
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from treadle.data.examples import example_of, shown
 from treadle.data.metrics import Choices, LabelLikelihood, Metric, compiled
@@ -15,6 +14,7 @@ from treadle.data.prompts import Example, Row, fields_of, fill
 from treadle.data.reasoning import draw_questions
 from treadle.data.sources import read_rows
 from treadle.errors import ConfigError, InputError
+from treadle.toml import TomlTable, checked, load_toml, parsed
 
 Split = Literal["train", "validation", "test"]
 Condition = Literal["trained", "variant", "paraphrase", "bare", "few-shot"]
@@ -23,14 +23,15 @@ _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _OVERDRAW = 20  # how many times its size a split may be drawn before its generator counts as exhausted
 
 
-class Part(BaseModel):
-    """What every table of a task file is: frozen, and without unknown keys."""
+class Files(TomlTable):
+    """The table `data` of a task whose rows are in files: sources of `read_rows`, paths below the data root.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Files(Part):
-    """Sources of `read_rows`, relative paths below the data root; `hold_out` rows are cut off `train` where none is."""
+    Attributes:
+        train: its rows to train on.
+        validation: its rows to choose by.
+        test: its rows to report on.
+        hold_out: split → how many rows of `train` become that split, which then has no file of its own.
+    """
 
     train: str | None = None
     validation: str | None = None
@@ -47,15 +48,29 @@ class Files(Part):
         return self
 
 
-class Draw(Part):
-    """How many distinct questions a split has, and of which seed."""
+class Draw(TomlTable):
+    """What a split draws from its task's generator.
+
+    Attributes:
+        seed: of the split, another one for each.
+        size: distinct questions.
+    """
 
     seed: int = Field(ge=0)
     size: int = Field(ge=1)
 
 
-class Generated(Part):
-    """A reasoning-gym generator; `extract` must match a whole question, its named groups become fields."""
+class Generated(TomlTable):
+    """The table `data` of a task whose rows reasoning-gym draws.
+
+    Attributes:
+        generator: its name in reasoning-gym.
+        parameters: what the generator is given.
+        extract: a regular expression that matches a whole question; its named groups become fields.
+        train: what the split draws.
+        validation: what the split draws.
+        test: what the split draws.
+    """
 
     generator: str
     parameters: dict[str, bool | int | float | str | list[int | float | str]] = Field(default_factory=dict)
@@ -86,7 +101,7 @@ def _kind_of_data(data: object) -> str:
 Data = Annotated[Annotated[Files, Tag("files")] | Annotated[Generated, Tag("generated")], Discriminator(_kind_of_data)]
 
 
-class Task(Part):
+class Task(TomlTable):
     """A task file: its data, its wording in each condition, its metric.
 
     Attributes:
@@ -265,7 +280,8 @@ def load_task(name_or_path: str | Path) -> Task:
     where = str(name_or_path)
     if where in task_names():
         file = importlib.resources.files("treadle.data") / "library" / f"{where}.toml"
-        return _task(file.read_text(encoding="utf-8"), where=f"task {where}")
+        named = f"task {where}"
+        return checked(parsed(file.read_text(encoding="utf-8"), where=named), Task, where=named)
     path = Path(name_or_path)
     if path.suffix != ".toml" or not path.is_file():
         near = difflib.get_close_matches(where, task_names(), n=1)
@@ -273,21 +289,7 @@ def load_task(name_or_path: str | Path) -> Task:
         raise InputError(
             "no such task", where=where, remedy=f"{meant}give a .toml file or a name: {', '.join(task_names())}"
         )
-    try:
-        return _task(path.read_text(encoding="utf-8"), where=where)
-    except UnicodeDecodeError as error:
-        raise ConfigError("not UTF-8", where=where, remedy="convert the file to UTF-8") from error
-
-
-def _task(text: str, *, where: str) -> Task:
-    try:
-        return Task.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML ({error})", where=where, remedy="mend the file") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(the whole file)"
-        raise ConfigError(f"key {key!r}: {first['msg']}", where=where, remedy="mend or delete it") from error
+    return load_toml(path, Task)
 
 
 def _stored_rows(files: Files, split: Split, root: Path) -> list[Row]:

@@ -13,7 +13,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from treadle.configs.federate import FederateRun, SiloRun
-from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, InputError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
@@ -22,6 +21,7 @@ from treadle.privacy.noise import SystemRandomness
 from treadle.progress import Progress, silent
 from treadle.recipes.silo import silo_client
 from treadle.recipes.train import alone
+from treadle.toml import load_toml
 from treadle.train.federated.checkpoint import RunFolder, facts_of, read_reports
 from treadle.train.federated.client import Silo
 from treadle.train.federated.client_privacy import ClientPrivacyPlan, ClientPrivacySettings

@@ -23,7 +23,6 @@ from treadle import files
 from treadle.configs.family import FamilyRun
 from treadle.configs.federate import FederateRun, SiloRun
 from treadle.configs.pilot import Epsilon, Init, PilotRun, acceptable
-from treadle.configs.toml import load_toml, toml_text
 from treadle.data.prompts import Example
 from treadle.errors import InputError, MismatchError, UnavailableError
 from treadle.evaluation.intervals import Interval, mean_interval, wilson_interval
@@ -40,6 +39,7 @@ from treadle.recipes.pilot_result import AtEpsilon, Check, Noise, PilotResult, P
 from treadle.recipes.silo import number_of
 from treadle.recipes.simulated_silos import SimulatedSilos
 from treadle.recipes.train import examples_of
+from treadle.toml import load_toml, toml_text
 from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.checkpoint import RunFolder, facts_of
 from treadle.train.federated.federation import Federation

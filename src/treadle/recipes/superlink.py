@@ -23,11 +23,11 @@ from cryptography import x509
 
 from treadle import __version__, files
 from treadle.configs.federate import FederateRun, SiloRun, SuperLink
-from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, FormatError, InputError, TreadleError, UnavailableError
 from treadle.progress import Progress, silent
 from treadle.recipes.federate import FederatedRun, Watched, federate_on, line_of, run_of, state_folder, watched
 from treadle.recipes.silo import silo_client
+from treadle.toml import load_toml
 from treadle.train.federated.applications import server_app, unused_client_app
 from treadle.train.federated.client import client_app
 from treadle.train.federated.node import ClientApp, answer_messages, handing_over

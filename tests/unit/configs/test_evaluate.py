@@ -3,8 +3,8 @@
 import pytest
 
 from treadle.configs.evaluate import ARMS, EvaluateRun, RoutedArm, routed_arm
-from treadle.configs.toml import checked
 from treadle.errors import ConfigError
+from treadle.toml import checked
 
 RUN: dict[str, object] = {"bank": "bank", "tasks": ["syllogism"]}
 

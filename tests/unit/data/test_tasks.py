@@ -212,8 +212,8 @@ labels = { a = "good", b = "bad" }
 """
 
 BROKEN = [
-    ("name =", "nam =", "key 'name': Field required"),
-    ("[data]", "colour = 1\n[data]", "key 'colour': Extra inputs"),
+    ("name =", "nam =", "unknown key 'nam'; did you mean 'name'?"),
+    ("[data]", "colour = 1\n[data]", "unknown key 'colour'; the keys are name, summary, "),
     ('"mood"', '"../mood"', "key 'name': String should match"),
     ('"{text}?", ', "", "key 'paraphrases': Tuple should have at least 2"),
     ("Mood of {text}", "Mood of it", "paraphrase 1 does not use exactly the fields"),
@@ -225,10 +225,10 @@ BROKEN = [
     ("train.jsonl", "", "names no file"),
     ('"train.jsonl"', '"a.csv"\nhold_out = { test = 0 }', "hold_out.test needs"),
     ('"train.jsonl"', '"a.csv"\ntest = "b.csv"\nhold_out = { test = 3 }', "hold_out.test needs"),
-    ("train =", "trian =", "key 'data.files.trian': Extra inputs"),
+    ("train =", "trian =", "unknown key 'data.files.trian'"),
     ('train = "train.jsonl"', 'generator = "gcd"', "key 'data.generated.train': Field required"),
     ('kind = "label-likelihood"', 'kind = "guess"', "key 'metric'"),
-    ("[metric]", "[metric]\nfeild = 'x'", "key 'metric.label-likelihood.feild'"),
+    ("[metric]", "[metric]\nfeild = 'x'", "unknown key 'metric.label-likelihood.feild'"),
     ('b = "bad"', 'b = "good"', "give two or more, each with a text of its own"),
     ("[metric]", "[metric", "not valid TOML"),
 ]

@@ -8,12 +8,12 @@ from transformers import LlamaForCausalLM
 
 from treadle.cli.app import main
 from treadle.configs.audit import AuditRun
-from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, InputError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.recipes.audited_training import audit
+from treadle.toml import load_toml
 
 AUDIT = """
 family = "{root}/family"

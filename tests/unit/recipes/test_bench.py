@@ -12,7 +12,6 @@ from treadle.configs.bench.routing_cost import RandomBanks, RoutingExactnessRun
 from treadle.configs.bench.routing_quality import DemoQualityRun, Suite
 from treadle.configs.demo import DemoRun
 from treadle.configs.fleet import FleetRun, FleetSettings
-from treadle.configs.toml import load_toml
 from treadle.data.tasks import load_task
 from treadle.errors import InputError
 from treadle.recipes.bench import BENCHMARKS, run_benchmark
@@ -23,6 +22,7 @@ from treadle.recipes.demo import demo
 from treadle.recipes.fleet import grow_fleet
 from treadle.routing.bank_files import load_bank
 from treadle.routing.trace import Trace
+from treadle.toml import load_toml
 from treadle.train.settings import SftSettings
 
 RANDOM = RandomBanks(inner=8, outer=6, ranks=(1, 4), adapters=(9, 20), conditions=(1.0, 1e3), decisions=64)

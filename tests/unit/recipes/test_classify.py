@@ -14,8 +14,8 @@ import pytest
 
 from treadle.cli.app import main
 from treadle.configs.classify import ClassifyRun
-from treadle.configs.toml import load_toml
 from treadle.recipes.classify import classify
+from treadle.toml import load_toml
 
 RUN = """
 out = "{root}/labelled.jsonl"

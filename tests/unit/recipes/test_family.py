@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.family import FamilyRun
-from treadle.configs.toml import checked
 from treadle.data.public_text import public_texts
 from treadle.errors import ConfigError, InputError
 from treadle.family.family import METADATA, AdapterFamily
@@ -20,6 +19,7 @@ from treadle.recipes.family import new_family
 from treadle.recipes.inspect import inspect
 from treadle.recipes.public_pca import public_pca
 from treadle.routing.calibration.text import ignored_tokens
+from treadle.toml import checked
 
 INITS = ["kaiming", "orthonormal", "weight-svd", "public-pca"]
 

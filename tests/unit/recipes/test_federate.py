@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 from treadle.configs.federate import FederateRun
-from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, UnavailableError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
@@ -16,6 +15,7 @@ from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.privacy.ledger import Ledger
 from treadle.recipes.federate import federate_in_process
+from treadle.toml import load_toml
 
 NAMES = ("north", "south", "east")
 

@@ -9,10 +9,10 @@ import pytest
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from treadle.configs.bench.federated import FederatedCell, FederatedQualityRun, GridPoint
-from treadle.configs.toml import checked
 from treadle.errors import ConfigError, InputError
 from treadle.recipes.bench.federated_quality import best_point, federated_quality, split, summary
 from treadle.recipes.bench.result import finished_runs
+from treadle.toml import checked
 
 GRID = (GridPoint(learning_rate=1.0, max_grad_norm=1.0), GridPoint(learning_rate=5.0, max_grad_norm=1.0))
 

@@ -11,13 +11,13 @@ from transformers import LlamaForCausalLM
 from treadle.configs.classify import ClassifyRun
 from treadle.configs.family import FamilyRun
 from treadle.configs.stages import Repeats, StagesRun
-from treadle.configs.toml import load_toml
 from treadle.errors import UnsupportedError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.recipes.stages import train_adapter_in_stages
 from treadle.reports.published import published
+from treadle.toml import load_toml
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "paper"
 RUNS = ("gsm8k", "mmlu", "humaneval")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from treadle.configs.bench.partition import ParClaimsRun
-from treadle.configs.toml import load_toml
 from treadle.errors import MismatchError
 from treadle.recipes.bench.par_claims import CLAIMS, par_claims, summary, world_of
 from treadle.recipes.bench.par_trials import Trial, best_factor, paired
 from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, base_of, facts_of, sums_of, tokenizer_of
 from treadle.recipes.bench.result import finished_runs
+from treadle.toml import load_toml
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 

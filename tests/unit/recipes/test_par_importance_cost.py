@@ -6,9 +6,9 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench.partition import ParImportanceCostRun
-from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_importance_cost import par_importance_cost, quick_par_importance_cost, summary
 from treadle.recipes.bench.result import finished_runs, record_run
+from treadle.toml import load_toml
 
 CONFIGURATION = Path(__file__).parents[3] / "benchmarks" / "par-importance-cost.toml"
 

@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from treadle.configs.bench.partition import ParMindsRun
-from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_minds import DEFAULT, WAYS, par_minds, summary
 from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, public_text
 from treadle.recipes.bench.result import finished_runs
+from treadle.toml import load_toml
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 

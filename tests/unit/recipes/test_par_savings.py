@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench.partition import ParSavingsRun
-from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_savings import ARMS, metrics_of, par_savings
+from treadle.toml import load_toml
 
 # PEFT asks a model for a property that transformers 5 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

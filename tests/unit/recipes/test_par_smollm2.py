@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from treadle.configs.bench.partition import ParSmollm2Run
-from treadle.configs.toml import load_toml
 from treadle.recipes.bench import par_smollm2
 from treadle.recipes.bench.par_smollm2 import summary, world_of
 from treadle.recipes.bench.par_trials import Trial
+from treadle.toml import load_toml
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.bench.partition import ParVotersRun
-from treadle.configs.toml import load_toml
 from treadle.recipes.bench.par_voters import par_voters, quick_par_voters
+from treadle.toml import load_toml
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 

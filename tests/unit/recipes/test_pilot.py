@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from treadle.cli.app import app
 from treadle.configs.federate import FederateRun
 from treadle.configs.pilot import PilotRun
-from treadle.configs.toml import checked, load_toml, toml_text
 from treadle.errors import ConfigError, FormatError, InputError, MismatchError, TreadleError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -24,6 +23,7 @@ from treadle.privacy.ledger import Ledger
 from treadle.recipes.federate import federate_in_process, run_of
 from treadle.recipes.pilot import TRIALS, pilot
 from treadle.recipes.pilot_result import Noise, PilotResult, Point, Trial, Tried
+from treadle.toml import checked, load_toml, toml_text
 from treadle.train.rows import shuffled
 
 runner = CliRunner()

@@ -8,7 +8,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun, ProbeText, Replan
-from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, InputError, MismatchError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -22,6 +21,7 @@ from treadle.ranks.scores import ProbeScores
 from treadle.recipes.family import new_family
 from treadle.recipes.plan import plan, replan
 from treadle.recipes.rank_peers import CONTROLS
+from treadle.toml import load_toml
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from treadle.configs.audit import AuditedTraining, PrivacyAuditRun
-from treadle.configs.toml import checked
 from treadle.errors import ConfigError, InputError
 from treadle.recipes.audit import EVERY_STEP, FINAL
 from treadle.recipes.bench.privacy_audit import (
@@ -23,6 +22,7 @@ from treadle.recipes.bench.privacy_audit import (
     summary,
 )
 from treadle.recipes.bench.result import finished_runs, record_run
+from treadle.toml import checked
 from treadle.train.canaries import coins
 from treadle.train.settings import PrivateSettings
 

@@ -26,13 +26,13 @@ from typer.testing import CliRunner
 
 from treadle.cli.app import app
 from treadle.configs.federate import FederateRun, SiloRun
-from treadle.configs.toml import load_toml
 from treadle.errors import ConfigError, FormatError, InputError, UnavailableError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.recipes.footprint import forget_peak, peak_bytes
 from treadle.recipes.probe import MOST_LOCAL_STEPS, RANKS, probe
+from treadle.toml import load_toml
 from treadle.train.federated.bandwidth import on_this_machine, to_superlink
 
 SILO = """

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from treadle.configs.bench.ranks import RankArm, RankCell, RankWorthRun
-from treadle.configs.toml import checked
 from treadle.errors import ConfigError, InputError
 from treadle.family.plan import LayerShape
 from treadle.ranks.scores import ModuleScore, ProbeScores
 from treadle.recipes.bench.rank_worth import best_rate, plan_of, rank_worth, reported, summary
 from treadle.recipes.bench.result import finished_runs
+from treadle.toml import checked
 from treadle.train.settings import SftSettings
 
 ARMS = (

@@ -7,7 +7,6 @@ import torch
 
 from treadle.configs.bench.routing_quality import RoutingContinualRun
 from treadle.configs.fleet import FleetSettings
-from treadle.configs.toml import checked
 from treadle.errors import ConfigError
 from treadle.recipes.bench.routing_continual import (
     altered_numbers,
@@ -16,6 +15,7 @@ from treadle.recipes.bench.routing_continual import (
     summary,
 )
 from treadle.recipes.fleet import grow_fleet
+from treadle.toml import checked
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.algebra import pair_products
 from treadle.configs.bench.routing_cost import RoutingLargeRun, Spectra
-from treadle.configs.toml import checked, load_toml
 from treadle.errors import InputError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.family import AdapterFamily
@@ -17,6 +16,7 @@ from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.recipes.bench.routing_large import routing_large
 from treadle.recipes.bench.spectra import synthetic_bank, trained_spectra, write_spectra
+from treadle.toml import checked, load_toml
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
 

@@ -7,10 +7,10 @@ import pytest
 
 from treadle.configs.bench.routing_quality import ArmGroup, RoutingQualityRun
 from treadle.configs.fleet import FleetSettings
-from treadle.configs.toml import load_toml
 from treadle.errors import InputError
 from treadle.recipes.bench.result import finished_runs
 from treadle.recipes.bench.routing_quality import quick_routing_quality, routing_quality, summary
+from treadle.toml import load_toml
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 TASKS = ("chain_sum", "syllogism")

@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from treadle.cli.app import main
 from treadle.configs.stages import StagesRun, run_kind
-from treadle.configs.toml import checked
 from treadle.configs.train import TrainRun
 from treadle.errors import ConfigError
 from treadle.family.adapter import Adapter
@@ -22,6 +21,7 @@ from treadle.family.plan import RankPlan
 from treadle.partition.region_files import load_regions
 from treadle.recipes import stage_ablations
 from treadle.recipes.bank import AdapterPath, PublicSource, build_bank
+from treadle.toml import checked
 from treadle.train.stages.training import Run, Staged
 
 TOML = """

@@ -9,7 +9,6 @@ import torch
 from filelock import FileLock
 from transformers import LlamaForCausalLM
 
-from treadle.configs.toml import load_toml
 from treadle.configs.train import TrainRun
 from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter
@@ -17,6 +16,7 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.recipes.train import train_adapter
+from treadle.toml import load_toml
 
 TOML = """
 base = "{root}/base"

@@ -5,21 +5,21 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.data.tasks import Condition
+from treadle.toml import TomlTable
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 """A number above 0, or inf."""
 
 
-class GridPoint(RunConfig):
+class GridPoint(TomlTable):
     """A learning rate, and the norm to which a row's gradient is clipped."""
 
     learning_rate: float = Field(gt=0)
     max_grad_norm: float = Field(gt=0)
 
 
-class FederatedCell(RunConfig):
+class FederatedCell(TomlTable):
     """What is compared with one another.
 
     Attributes:
@@ -39,7 +39,7 @@ class FederatedCell(RunConfig):
     arms: tuple[str, ...] = Field(min_length=1)
 
 
-class FederatedQualityRun(RunConfig):
+class FederatedQualityRun(TomlTable):
     """`federated-quality`.
 
     Attributes:
@@ -98,7 +98,7 @@ class FederatedQualityRun(RunConfig):
         return self
 
 
-class FederatedFaultsRun(RunConfig):
+class FederatedFaultsRun(TomlTable):
     """`federated-faults`.
 
     Attributes:
@@ -108,7 +108,7 @@ class FederatedFaultsRun(RunConfig):
     cases: int = Field(ge=1)
 
 
-class FederatedBytesRun(RunConfig):
+class FederatedBytesRun(TomlTable):
     """`federated-bytes`.
 
     Attributes:
@@ -126,7 +126,7 @@ class FederatedBytesRun(RunConfig):
     seed: int = 0
 
 
-class DpStepCostRun(RunConfig):
+class DpStepCostRun(TomlTable):
     """`dp-step-cost`.
 
     Attributes:

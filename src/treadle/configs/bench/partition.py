@@ -6,15 +6,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from treadle.configs.classify import SYSTEMS
-from treadle.configs.toml import RunConfig
 from treadle.data.voting import System
 from treadle.evaluation.voters.local import LocalVoter
 from treadle.partition.importance import Score
+from treadle.toml import TomlTable
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import Start
 
 
-class ParArm(RunConfig):
+class ParArm(TomlTable):
     """A way to train both systems.
 
     Attributes:
@@ -46,7 +46,7 @@ class ParArm(RunConfig):
     merit: str = "accuracy"
 
 
-class ParTrials(RunConfig):
+class ParTrials(TomlTable):
     """What the benchmarks of training in stages share.
 
     Attributes:
@@ -153,7 +153,7 @@ class ParSmollm2Run(ParTrials):
     peer: str
 
 
-class ParImportanceCostRun(RunConfig):
+class ParImportanceCostRun(TomlTable):
     """`par-importance-cost`.
 
     Attributes:
@@ -181,7 +181,7 @@ class ParImportanceCostRun(RunConfig):
     seed: int = 0
 
 
-class ParSavingsRun(RunConfig):
+class ParSavingsRun(TomlTable):
     """`par-savings`.
 
     Attributes:
@@ -209,7 +209,7 @@ class ParSavingsRun(RunConfig):
     seed: int = 0
 
 
-class ParVotersRun(RunConfig):
+class ParVotersRun(TomlTable):
     """`par-voters`.
 
     Attributes:

@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from treadle.configs.toml import RunConfig
 from treadle.data.tasks import Condition
 from treadle.ranks.rules import RuleName
+from treadle.toml import TomlTable
 from treadle.train.settings import SftSettings
 
 
-class RankProbeCostRun(RunConfig):
+class RankProbeCostRun(TomlTable):
     """`rank-probe-cost`.
 
     Attributes:
@@ -49,7 +49,7 @@ class RankProbeCostRun(RunConfig):
         return self
 
 
-class RankDepthRun(RunConfig):
+class RankDepthRun(TomlTable):
     """`rank-depth`.
 
     Attributes:
@@ -69,7 +69,7 @@ class RankDepthRun(RunConfig):
     seeds: tuple[int, ...] = Field(min_length=2)
 
 
-class RankArm(RunConfig):
+class RankArm(TomlTable):
     """A way to share out a budget.
 
     Attributes:
@@ -88,7 +88,7 @@ class RankArm(RunConfig):
     control: Literal["uniform", "shuffled", "shuffled-in-shape", "reversed"] | None = None
 
 
-class RankCell(RunConfig):
+class RankCell(TomlTable):
     """What is compared with one another: allocators on one task, at one budget.
 
     Attributes:
@@ -100,7 +100,7 @@ class RankCell(RunConfig):
     mean_rank: int = Field(ge=1)
 
 
-class RankWorthRun(RunConfig):
+class RankWorthRun(TomlTable):
     """`rank-worth`, and the same with fewer rows or another base.
 
     Attributes:
@@ -155,7 +155,7 @@ Way = Literal["full", "LoRA", "B alone"]
 """What a training moves."""
 
 
-class RankChangeRun(RunConfig):
+class RankChangeRun(TomlTable):
     """`rank-change`; base, rows, epochs and probe texts are those of `rank-worth`.
 
     Attributes:

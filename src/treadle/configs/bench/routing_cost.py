@@ -3,11 +3,11 @@
 from pydantic import Field
 
 from treadle.configs.fleet import FleetRun
-from treadle.configs.toml import RunConfig
 from treadle.routing.routed import Granularity
+from treadle.toml import TomlTable
 
 
-class RandomBanks(RunConfig):
+class RandomBanks(TomlTable):
     """Every combination of these; every eighth adapter is the one before it, moved by a millionth.
 
     Attributes:
@@ -27,7 +27,7 @@ class RandomBanks(RunConfig):
     decisions: int = Field(ge=8)
 
 
-class RoutingExactnessRun(RunConfig):
+class RoutingExactnessRun(TomlTable):
     """`routing-exactness`.
 
     Attributes:
@@ -43,7 +43,7 @@ class RoutingExactnessRun(RunConfig):
     random: RandomBanks
 
 
-class LayerShapeRow(RunConfig):
+class LayerShapeRow(TomlTable):
     """A layer whose routing is timed: `inner` to `outer`, adapters of this `rank`."""
 
     inner: int = Field(ge=1)
@@ -51,7 +51,7 @@ class LayerShapeRow(RunConfig):
     rank: int = Field(ge=1)
 
 
-class RoutingCostRun(RunConfig):
+class RoutingCostRun(TomlTable):
     """`routing-cost`.
 
     Attributes:
@@ -73,7 +73,7 @@ class RoutingCostRun(RunConfig):
     shapes: tuple[LayerShapeRow, ...]
 
 
-class RoutingModelCostRun(RunConfig):
+class RoutingModelCostRun(TomlTable):
     """`routing-model-cost`.
 
     Attributes:
@@ -103,7 +103,7 @@ class RoutingModelCostRun(RunConfig):
     seed: int = 0
 
 
-class RoutingMemoryRun(RunConfig):
+class RoutingMemoryRun(TomlTable):
     """`routing-memory`.
 
     Attributes:
@@ -123,7 +123,7 @@ class RoutingMemoryRun(RunConfig):
     seed: int = 0
 
 
-class LayerSpectra(RunConfig):
+class LayerSpectra(TomlTable):
     """One layer of trained adapters.
 
     Attributes:
@@ -141,13 +141,13 @@ class LayerSpectra(RunConfig):
     shares: tuple[tuple[float, ...], ...]
 
 
-class Spectra(RunConfig):
+class Spectra(TomlTable):
     """The file that `RoutingLargeRun.spectra` names."""
 
     layers: tuple[LayerSpectra, ...] = Field(min_length=1)
 
 
-class RoutingLargeRun(RunConfig):
+class RoutingLargeRun(TomlTable):
     """`routing-large`.
 
     Attributes:

@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun, FleetSettings
-from treadle.configs.toml import RunConfig
 from treadle.data.tasks import Condition
+from treadle.toml import TomlTable
 
 
-class Suite(RunConfig):
+class Suite(TomlTable):
     """Tasks whose adapters share a bank.
 
     Attributes:
@@ -33,7 +33,7 @@ class Suite(RunConfig):
     bare_share: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
-class DemoQualityRun(RunConfig):
+class DemoQualityRun(TomlTable):
     """`demo-quality`.
 
     Attributes:
@@ -49,7 +49,7 @@ class DemoQualityRun(RunConfig):
     suites: tuple[Suite, ...]
 
 
-class ArmGroup(RunConfig):
+class ArmGroup(TomlTable):
     """Ways of answering that are run together and recorded as one run.
 
     Attributes:
@@ -65,7 +65,7 @@ class ArmGroup(RunConfig):
     absent: bool = False
 
 
-class RoutingQualityRun(RunConfig):
+class RoutingQualityRun(TomlTable):
     """`routing-quality`.
 
     Attributes:
@@ -109,7 +109,7 @@ class RoutingQualityRun(RunConfig):
         )
 
 
-class RoutingRanksRun(RunConfig):
+class RoutingRanksRun(TomlTable):
     """`routing-ranks`; tasks, forms and training are those of `routing-quality`.
 
     Attributes:
@@ -125,7 +125,7 @@ class RoutingRanksRun(RunConfig):
     arms: tuple[str, ...] = ("base", "oracle", "sequence")
 
 
-class RoutingCompositionRun(RunConfig):
+class RoutingCompositionRun(TomlTable):
     """`routing-composition`.
 
     Attributes:
@@ -145,7 +145,7 @@ class RoutingCompositionRun(RunConfig):
     fleet: FleetSettings
 
 
-class RoutingContinualRun(RunConfig):
+class RoutingContinualRun(TomlTable):
     """`routing-continual`.
 
     Attributes:
@@ -171,7 +171,7 @@ class RoutingContinualRun(RunConfig):
         return self
 
 
-class PublicTextChoice(RunConfig):
+class PublicTextChoice(TomlTable):
     """A public text to calibrate on, as `recipes.calibration.PublicSource` has it, under a name for tables."""
 
     name: str
@@ -183,7 +183,7 @@ class PublicTextChoice(RunConfig):
     method: Literal["public", "analytic"] = "public"
 
 
-class RoutingCalibrationRun(RunConfig):
+class RoutingCalibrationRun(TomlTable):
     """`routing-calibration`; the fleets are those of `routing-quality`.
 
     Attributes:
@@ -197,7 +197,7 @@ class RoutingCalibrationRun(RunConfig):
     texts: tuple[PublicTextChoice, ...] = Field(min_length=2)
 
 
-class RoutingAttackRun(RunConfig):
+class RoutingAttackRun(TomlTable):
     """`routing-attack`.
 
     Attributes:

@@ -3,7 +3,6 @@
 import importlib.resources
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 from treadle.data.prompts import fields_of, fill
 from treadle.errors import ConfigError
 from treadle.evaluation.voters.voter import Poll, Vote
+from treadle.toml import TomlTable, checked, load_toml, parsed
 
 ROLE_PLAY = "role-play"
 """The template of voters who do not name one."""
 
 _FIELDS = ("question", "answer", "target", "systems", "names")
 _SHOWN = 60
-_KEYS = {"summary", "system", "user"}
 _THOUGHT = re.compile(r"<think>.*?</think>", flags=re.DOTALL)
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
@@ -66,36 +65,30 @@ def load_wording(name_or_path: str, poll: Poll) -> Wording:
         ConfigError: no such template, not TOML, a key or a field that there is not, no {question}, or a field that
             the poll leaves empty: {target} without a target, {answer} without answers.
     """
-    text = _text(name_or_path)
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML ({error})", where=name_or_path, remedy="mend the template") from error
-    wrong = [key for key, value in content.items() if key not in _KEYS or not isinstance(value, str)]
-    if wrong or "user" not in content:
-        raise ConfigError(
-            f"key {wrong[0]!r} is none of a template's" if wrong else "it has no key 'user'",
-            where=name_or_path,
-            remedy="a template has texts under summary, system and user",
-        )
-    system = str(content["system"]).strip() if "system" in content else None
-    wording = Wording(system, str(content["user"]).strip())
+    template = _template(name_or_path)
+    wording = Wording(None if template.system is None else template.system.strip(), template.user.strip())
     _check(wording, name_or_path, poll)
     return wording
 
 
-def _text(name_or_path: str) -> str:
+class _Template(TomlTable):
+    """The file."""
+
+    summary: str = ""
+    system: str | None = None
+    user: str
+
+
+def _template(name_or_path: str) -> _Template:
     if name_or_path in wording_names():
-        folder = importlib.resources.files("treadle.evaluation.voters") / "templates"
-        return (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
-    try:
-        return Path(name_or_path).read_text(encoding="utf-8")
-    except OSError as error:
+        file = importlib.resources.files("treadle.evaluation.voters") / "templates" / f"{name_or_path}.toml"
+        return checked(parsed(file.read_text(encoding="utf-8"), where=name_or_path), _Template, where=name_or_path)
+    path = Path(name_or_path)
+    if not path.is_file():
         raise ConfigError(
             "no such template", where=name_or_path, remedy=f"give a .toml file or one of {', '.join(wording_names())}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("not UTF-8", where=name_or_path, remedy="convert the template to UTF-8") from error
+        )
+    return load_toml(path, _Template)
 
 
 def _check(wording: Wording, where: str, poll: Poll) -> None:

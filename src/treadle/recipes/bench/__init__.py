@@ -35,7 +35,6 @@ from treadle.configs.bench.routing_quality import (
     RoutingQualityRun,
     RoutingRanksRun,
 )
-from treadle.configs.toml import RunConfig, load_toml
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bench import (
@@ -68,8 +67,9 @@ from treadle.recipes.bench import (
     routing_ranks,
 )
 from treadle.recipes.bench.result import BenchmarkResult, finished_runs
+from treadle.toml import TomlTable, load_toml
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=TomlTable)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from treadle import files
 from treadle.algebra import pair_products
 from treadle.configs.bench.routing_cost import RoutingLargeRun, Spectra
-from treadle.configs.toml import checked
 from treadle.errors import InputError
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name
@@ -24,6 +23,7 @@ from treadle.recipes.bench.spectra import SyntheticBank, synthetic_bank
 from treadle.routing.approximate import ApproximateIndex, approximate_search, build_approximate_index
 from treadle.routing.decision import TIE
 from treadle.routing.search import Found, ScoreIndex, build_index, search
+from treadle.toml import checked
 
 NAME = "routing-large"
 # float32 scores here are a thousand times closer than this to the true ones.

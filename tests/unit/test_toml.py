@@ -7,8 +7,8 @@ import pytest
 
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun
-from treadle.configs.toml import checked, naming_keys
 from treadle.errors import ConfigError, InputError, UnavailableError
+from treadle.toml import checked, naming_keys
 
 RUN = """
 base = "smolm2-135m"

@@ -1,4 +1,4 @@
-"""Reading a run's TOML into a frozen configuration, with errors of one line; and writing one."""
+"""Reading TOML into frozen settings, with errors of one line; and writing it."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,8 @@ from pydantic_core import ErrorDetails
 from treadle.errors import ConfigError, InputError, TreadleError
 
 
-class RunConfig(BaseModel):
-    """What every run configuration is: frozen, and without unknown keys."""
+class TomlTable(BaseModel):
+    """What every file of settings, and every table in one, is: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -27,7 +27,7 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # of models, of d
 
 
 def load_toml(path: Path, kind: type[Config]) -> Config:
-    """The configuration of type `kind` in the TOML file `path`.
+    """The settings of type `kind` in the TOML file `path`.
 
     Raises:
         ConfigError: no such file, not TOML, or a key that is unknown, missing, of a wrong type or out of range.
@@ -42,17 +42,29 @@ def read_toml(path: Path) -> dict[str, object]:
         ConfigError: no such file, or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parsed(path.read_text(encoding="utf-8"), where=path)
     except FileNotFoundError as error:
         raise ConfigError("no such file", where=path, remedy="check the path") from error
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", where=path, remedy="name a TOML file") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"not valid TOML ({error})", where=path, remedy="mend the file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8", where=path, remedy="convert the file to UTF-8") from error
+
+
+def parsed(text: str, *, where: object) -> dict[str, object]:
+    """What the TOML text holds.
+
+    Raises:
+        ConfigError: not TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML ({error})", where=where, remedy="mend the file") from error
 
 
 def checked(content: dict[str, object], kind: type[Config], *, where: object) -> Config:
-    """The configuration of type `kind` with this content.
+    """The settings of type `kind` with this content.
 
     Raises:
         ConfigError: names the first wrong key and what it should be.
