@@ -307,6 +307,9 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "federated-quality-clients": _named(
         "federated-quality-clients", FederatedQualityRun, _federated_quality, federated_quality.summary
     ),
+    "federated-quality-smollm2": _named(
+        "federated-quality-smollm2", FederatedQualityRun, _federated_quality, federated_quality.summary
+    ),
     "federated-quality-subj": _named(
         "federated-quality-subj", FederatedQualityRun, _federated_quality, federated_quality.summary
     ),
