@@ -244,11 +244,13 @@ class TestReplies:
 
 class TestLimits:
     def test_requests(self, chat_server: SimpleNamespace, poll: Polls) -> None:
-        for parallel in (4, 1):  # the second run has spent what it may before it begins
+        for parallel in (4, 1):  # the second run has spent what it may before it begins, or all but one
             with pytest.raises(UnavailableError) as stopped:
                 cast(chat_server, poll(9), request_limit=4, parallel=parallel)
             assert "voter 'teacher': request_limit = 4 is reached; " in str(stopped.value)
-            assert len(chat_server.bodies) == 4
+            # The fifth may close the gate before the fourth is through it, whose turn is then left to the next run.
+            assert len(chat_server.bodies) <= 4
+        assert len(chat_server.bodies) == 4
         assert systems(cast(chat_server, poll(9), request_limit=9, parallel=4)) == ["system1"] * 9
         assert len(chat_server.bodies) == 9
 
