@@ -6,6 +6,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -26,8 +27,8 @@ Config = TypeVar("Config", bound=BaseModel)
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # of models, of dataclasses
 
 
-def load_toml(path: Path, kind: type[Config]) -> Config:
-    """The settings of type `kind` in the TOML file `path`.
+def load_toml(path: Traversable, kind: type[Config]) -> Config:
+    """The settings of type `kind` in the TOML file `path`, one of a user's or one that comes with the package.
 
     Raises:
         ConfigError: no such file, not TOML, or a key that is unknown, missing, of a wrong type or out of range.
@@ -35,32 +36,22 @@ def load_toml(path: Path, kind: type[Config]) -> Config:
     return checked(read_toml(path), kind, where=path)
 
 
-def read_toml(path: Path) -> dict[str, object]:
+def read_toml(path: Traversable) -> dict[str, object]:
     """What the TOML file holds.
 
     Raises:
         ConfigError: no such file, or not TOML.
     """
     try:
-        return parsed(path.read_text(encoding="utf-8"), where=path)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError("no such file", where=path, remedy="check the path") from error
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", where=path, remedy="name a TOML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError("not UTF-8", where=path, remedy="convert the file to UTF-8") from error
-
-
-def parsed(text: str, *, where: object) -> dict[str, object]:
-    """What the TOML text holds.
-
-    Raises:
-        ConfigError: not TOML.
-    """
-    try:
-        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML ({error})", where=where, remedy="mend the file") from error
+        raise ConfigError(f"not valid TOML ({error})", where=path, remedy="mend the file") from error
 
 
 def checked(content: dict[str, object], kind: type[Config], *, where: object) -> Config:

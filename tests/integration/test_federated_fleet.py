@@ -32,8 +32,8 @@ PROMPTS = {
     "counts": "number number {text} number number number",
 }
 LABELS = {"signs": ("good", "bad"), "films": ("yes", "no"), "counts": ("positive", "negative")}
-# The noise is never seeded, so the rows must drown it: a batch of 40 of 120 sent prompts astray in one run of ten, one
-# of 200 of 600 in one of some forty.
+# The noise is never seeded, so the rows must drown it: a batch of 40 of 120 sent prompts astray in one run of ten,
+# one of 200 of 600 did it once in many.
 ROWS = 960
 WORK = "rounds = 1\nlocal_steps = 8\nexpected_batch = 480\nlearning_rate = 4.0"
 PUBLIC = "who where when a colour of the answer ( not bad ) is : 1 2 3 + 4 = n o p q r s t u v x y z w41 w42 w43 w44"

@@ -14,7 +14,7 @@ from treadle.data.prompts import Example, Row, fields_of, fill
 from treadle.data.reasoning import draw_questions
 from treadle.data.sources import read_rows
 from treadle.errors import ConfigError, InputError
-from treadle.toml import TomlTable, checked, load_toml, parsed
+from treadle.toml import TomlTable, load_toml
 
 Split = Literal["train", "validation", "test"]
 Condition = Literal["trained", "variant", "paraphrase", "bare", "few-shot"]
@@ -279,9 +279,7 @@ def load_task(name_or_path: str | Path) -> Task:
     """
     where = str(name_or_path)
     if where in task_names():
-        file = importlib.resources.files("treadle.data") / "library" / f"{where}.toml"
-        named = f"task {where}"
-        return checked(parsed(file.read_text(encoding="utf-8"), where=named), Task, where=named)
+        return load_toml(importlib.resources.files("treadle.data") / "library" / f"{where}.toml", Task)
     path = Path(name_or_path)
     if path.suffix != ".toml" or not path.is_file():
         near = difflib.get_close_matches(where, task_names(), n=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from treadle.data.prompts import fields_of, fill
 from treadle.errors import ConfigError
 from treadle.evaluation.voters.voter import Poll, Vote
-from treadle.toml import TomlTable, checked, load_toml, parsed
+from treadle.toml import TomlTable, load_toml
 
 ROLE_PLAY = "role-play"
 """The template of voters who do not name one."""
@@ -81,8 +81,8 @@ class _Template(TomlTable):
 
 def _template(name_or_path: str) -> _Template:
     if name_or_path in wording_names():
-        file = importlib.resources.files("treadle.evaluation.voters") / "templates" / f"{name_or_path}.toml"
-        return checked(parsed(file.read_text(encoding="utf-8"), where=name_or_path), _Template, where=name_or_path)
+        folder = importlib.resources.files("treadle.evaluation.voters") / "templates"
+        return load_toml(folder / f"{name_or_path}.toml", _Template)
     path = Path(name_or_path)
     if not path.is_file():
         raise ConfigError(

@@ -3,7 +3,7 @@
 The trained ranks of a module are a smaller LoRA of their own, so gradients and moments exist for them alone and no
 mask is needed; modules without a trained rank are not wrapped at all. Everything else that acts (ranks trained by
 other stages, the subtracted start) is frozen. In a wrapped module it rides in the product of the trained ranks, so that
-a step never takes more than one that trains all; in the others, and wherever PEFT's adapter is not the one that acts,
+a step multiplies no more than one that trains all; in the others, and wherever PEFT's adapter is not the one that acts,
 hooks on the layers add it. PEFT's adapter is called "default", as TRL expects: the reference policy that TRL then
 copies is the policy with which the stage began.
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from treadle.errors import InputError
-from treadle.family.injection import Attachment, adapted_layers, inject
+from treadle.family.injection import Attachment, adapted_layers, inject, low_rank_delta
 from treadle.family.peft_format import lora_config
 from treadle.family.plan import ModulePlan, RankPlan
 from treadle.train.stages.factors import Factors
@@ -131,19 +131,15 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = value.detach().to(parameter.device, torch.float32, copy=True).contiguous()
 
 
-@contextlib.contextmanager
-def others_acting(
-    model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[Tensor, " rank"]]
-) -> Iterator[None]:
-    """A block in which all acts that is not trained: other ranks, and the start with its sign turned.
+def others_acting(model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[Tensor, " rank"]]) -> Attachment:
+    """Hooks by which all acts that is not trained: other ranks, and the start with its sign turned.
 
     Args:
         model: the base.
         factors: what acts.
         trained: (rank,) a module, the ranks that are left to the caller.
     """
-    with _injected(model, factors, _others(factors, trained)):
-        yield
+    return _injected(model, factors, _others(factors, trained))
 
 
 def _others(factors: Factors, trained: Mapping[str, Bool[Tensor, " rank"]]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -160,12 +156,10 @@ def _others(factors: Factors, trained: Mapping[str, Bool[Tensor, " rank"]]) -> d
     return found
 
 
-@contextlib.contextmanager
-def _injected(model: PreTrainedModel, factors: Factors, others: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """A block in which hooks add the others' products."""
+def _injected(model: PreTrainedModel, factors: Factors, others: Mapping[str, tuple[Tensor, Tensor]]) -> Attachment:
+    """Hooks that add the others' products."""
     lora_A = {name: A for name, (A, _) in others.items()}
-    with inject(model, lora_A, {name: factors.scaling(name) * B for name, (_, B) in others.items()}):
-        yield
+    return inject(model, lora_A, {name: factors.scaling(name) * B for name, (_, B) in others.items()})
 
 
 class _Joined(nn.Module):
@@ -193,11 +187,10 @@ def _riding(model: PeftModel, name: str, others: tuple[Tensor, Tensor]) -> Attac
         _Joined(part, other, dim) for dim, (part, other) in enumerate(zip(_parts(model, name), others, strict=True))
     )
     layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = A, B
+    product = low_rank_delta(A.others, layer.scaling[ADAPTER] * B.others)
 
     def beside(x: Tensor) -> Tensor | None:
-        if ADAPTER in layer.active_adapters and not layer.disable_adapters:
-            return None
-        return nn.functional.linear(nn.functional.linear(x.to(A.others), A.others), B.others * layer.scaling[ADAPTER])
+        return None if ADAPTER in layer.active_adapters and not layer.disable_adapters else product(x)
 
     return Attachment({name: layer.get_base_layer()}, {name: beside})
 

@@ -3,6 +3,7 @@
 import email.utils
 import json
 import logging
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -243,14 +244,21 @@ class TestReplies:
 
 
 class TestLimits:
-    def test_requests(self, chat_server: SimpleNamespace, poll: Polls) -> None:
-        for parallel in (4, 1):  # the second run has spent what it may before it begins, or all but one
+    def test_requests(self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls) -> None:
+        # Nobody is answered before all four have come: a fifth would close the gate before the fourth is through it.
+        all_four = threading.Barrier(4, timeout=5.0)
+
+        def together(number: int, _: dict) -> object:
+            if number < 4:
+                all_four.wait()
+            return reply.voting("system1")
+
+        chat_server.answer = together
+        for parallel in (4, 1):  # the second run has spent what it may before it begins
             with pytest.raises(UnavailableError) as stopped:
                 cast(chat_server, poll(9), request_limit=4, parallel=parallel)
             assert "voter 'teacher': request_limit = 4 is reached; " in str(stopped.value)
-            # The fifth may close the gate before the fourth is through it, whose turn is then left to the next run.
-            assert len(chat_server.bodies) <= 4
-        assert len(chat_server.bodies) == 4
+            assert len(chat_server.bodies) == 4
         assert systems(cast(chat_server, poll(9), request_limit=9, parallel=4)) == ["system1"] * 9
         assert len(chat_server.bodies) == 9
 
