@@ -3,8 +3,10 @@
 The commands are those of docs/federated.md; what the command line adds to them is imported here, to save its start.
 """
 
+import ssl
 from pathlib import Path
 
+import httpx
 import pytest
 
 from treadle.family.adapter import Adapter
@@ -29,6 +31,16 @@ def test_silos_with_registered_keys_make_an_adapter_over_tls(consortium) -> None
     run, path = consortium.run("signs", NAMES, work="rounds = 1\nexpected_batch = 4\nlearning_rate = 0.1")
     consortium.start("server", superlink_command(run))
     consortium.wait_for("server", "startup complete")
+    link = run.superlink
+    assert link is not None
+    asked = {"verify": ssl.create_default_context(cafile=link.root_certificates), "headers": {"X-Forwarded-For": "::1"}}
+    for asks, refused in (
+        ("control/register-node", True),
+        ("runtime/acquire-task", True),
+        ("fleet/pull-object", False),
+    ):
+        answer = httpx.post(f"https://{link.host}:{link.port}/v1/{asks}", **asked)
+        assert (answer.status_code == 403) == refused
     for name in NAMES:
         admit(run, root / f"{name}.key.pub")
     stranger = consortium.start_silo("stranger", files["stranger"])  # its key is not registered

@@ -33,7 +33,7 @@ class ClientPrivacy(TomlTable):
     """What a trusted server promises to whole clients, beside what each promises to its rows.
 
     Attributes:
-        epsilon: of all rounds together, for a client more or less.
+        epsilon: of all rounds together, for one client's updates, or zeros in their place.
         delta: below 1 / the number of clients.
         max_update_norm: Frobenius norm to which a client's change is clipped.
     """

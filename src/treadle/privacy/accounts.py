@@ -30,6 +30,7 @@ class Account:
         unaccounted: releases that no ε accounts for.
         debits: how often each request was paid for; more than once after a crash.
         began: run → the mechanism of its first release, None if no ε accounts for it.
+        steps_of_run: run → the steps that it was debited.
         since: when it was registered (UTC, ISO 8601).
         last: when its last entry was written.
     """
@@ -44,6 +45,7 @@ class Account:
     unaccounted: int = 0
     debits: Counter[ReleaseKey] = field(default_factory=Counter[ReleaseKey])
     began: dict[str, MechanismKind | None] = field(default_factory=dict[str, MechanismKind | None])
+    steps_of_run: Counter[str] = field(default_factory=Counter[str])
 
     def spent(self) -> float:
         """ε of everything ever released, at the budget's δ; inf once anything was released without noise."""
@@ -63,6 +65,20 @@ class Account:
                 f"began with {_told(self.began[run])}; this release would have {_told(asked)}",
                 where=f"run {run!r} on data set {self.data!r}",
                 remedy="nothing was released; train with other numbers, rows or terms in a run of its own",
+            )
+
+    def refuse_more_steps(self, run: str, event: MechanismEvent | None, at_most: int) -> None:
+        """Return if the run stays within the steps that its noise is for.
+
+        Raises:
+            BudgetError: it does not.
+        """
+        taken = self.steps_of_run[run]
+        if event is not None and taken + event.steps > at_most:
+            raise BudgetError(
+                f"{taken} of the {at_most} steps that its noise is for are paid, and it asks for {event.steps} more",
+                where=f"run {run!r} on data set {self.data!r}",
+                remedy="nothing was released; announce all rounds, and a reserve, when a run begins",
             )
 
     def refuse_if_over(self, event: MechanismEvent | None) -> None:
@@ -191,3 +207,4 @@ def _enter(account: Account, entry: Edited | Allowed | Debited) -> None:
                 account.unaccounted += 1
             else:
                 account.steps[_kind(event)] += event.steps
+                account.steps_of_run[key.run] += event.steps

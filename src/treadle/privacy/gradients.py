@@ -21,6 +21,8 @@ class MicroBatch:
     weights: Float[Tensor, " examples"]
 
 
+_LONGEST = 1e37  # one over it is a normal number of float32
+
 PerExample = Callable[[Sequence[int]], Iterator[MicroBatch]]
 """Maps the indices of a batch to the gradients of its examples, each once, in any order, some at a time."""
 
@@ -28,14 +30,16 @@ PerExample = Callable[[Sequence[int]], Iterator[MicroBatch]]
 def clipped_sum(batch: MicroBatch, max_norm: float) -> dict[str, Float64[Tensor, "out inner"]]:
     """Σ_i g_i·min(1, max_norm/‖g_i‖) by the name of the weight, ‖·‖ over all weights of an example together.
 
-    An example whose gradient is not finite counts as zero: stopping for it would tell that it is there.
+    An example whose gradient is not finite, or longer than 1e37, counts as zero: stopping for it would tell that it is
+    there. Rows are divided by max(‖g_i‖, max_norm) and their sum is multiplied by max_norm, in float64, since a factor
+    max_norm/‖g_i‖ may be so small that float32 cannot say it exactly.
 
     Reference: arXiv 1607.00133, algorithm 1.
     """
     norms = row_norms(batch)
-    sound = norms.isfinite()
-    factors = torch.where(sound, batch.weights.double() * (max_norm / norms).clamp(max=1.0), 0.0)
-    return {name: _weighted(gradient, factors, sound) for name, gradient in batch.gradients.items()}
+    sound = norms <= _LONGEST  # NaN is not
+    factors = torch.where(sound, batch.weights.double() / norms.clamp(min=max_norm), 0.0)
+    return {name: max_norm * _weighted(gradient, factors, sound) for name, gradient in batch.gradients.items()}
 
 
 def row_norms(batch: MicroBatch) -> Float64[Tensor, " examples"]:

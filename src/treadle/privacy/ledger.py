@@ -166,23 +166,26 @@ class Ledger:
             self._account(data)
             self._append(connection, Allowed(data, budget, reason))
 
-    def debit(self, data: str, key: ReleaseKey, event: MechanismEvent | None) -> None:
+    def debit(self, data: str, key: ReleaseKey, event: MechanismEvent | None, *, at_most: int | None = None) -> None:
         """Pay for one release: when this returns, the debit is on the disk.
 
         Args:
             data: the data set.
             key: the request that is answered.
             event: the mechanism that the release will be made by; None if no ε accounts for it.
+            at_most: steps of the mechanism that the run may take in all; None for as many as the budget allows.
 
         Raises:
             InputError: no such data set.
-            BudgetError: it would cost more than the silo allows; nothing was written.
+            BudgetError: it would cost more than the silo allows, all in all or for this run; nothing was written.
             MismatchError: the run began with other noise or another rate; nothing was written.
             UnavailableError: the disk refuses; nothing was written.
         """
         with self._writing() as connection:
             account = self._account(data)
             account.refuse_other_noise(key.run, event)
+            if at_most is not None:
+                account.refuse_more_steps(key.run, event, at_most)
             account.refuse_if_over(event)
             self._append(connection, Debited(data, key, event))
 
@@ -311,7 +314,13 @@ class Ledger:
 
 
 def release(
-    ledger: Ledger, data: str, key: ReleaseKey, event: MechanismEvent | None, make: Callable[[], bytes]
+    ledger: Ledger,
+    data: str,
+    key: ReleaseKey,
+    event: MechanismEvent | None,
+    make: Callable[[], bytes],
+    *,
+    at_most: int | None = None,
 ) -> Release:
     """What may leave the silo for this request: the one way to release anything.
 
@@ -326,6 +335,7 @@ def release(
         key: what is asked.
         event: the mechanism that `make` applies; None if no ε accounts for it.
         make: draws, computes, clips, noises; never called without a debit.
+        at_most: steps of the mechanism that the run may take in all; None for as many as the budget allows.
 
     Raises:
         InputError: no such data set.
@@ -338,7 +348,7 @@ def release(
         kept = ledger.reply(data, key)
         if kept is not None:
             return Release(kept, resent=True)
-        ledger.debit(data, key, event)
+        ledger.debit(data, key, event, at_most=at_most)
         payload = make()
         ledger.keep(data, key, payload)
         return Release(payload, resent=False)

@@ -18,6 +18,11 @@ from treadle.privacy.sampling import poisson_sample
 _SINGLE = 1.0 - 2.0**-20  # room for a norm and a product in float32
 
 
+def clips(max_grad_norm: float) -> tuple[bool, str]:
+    """Whether gradients can be clipped to this norm in float32, and the numbers to which they can."""
+    return 1e-12 <= max_grad_norm <= 1e12, "from 1e-12 to 1e12"
+
+
 @dataclass(frozen=True)
 class PrivacySettings:
     """What is promised, and the public facts that the promise needs.
@@ -30,7 +35,8 @@ class PrivacySettings:
         rounds: in which the data take part.
         local_steps: in each of them.
         reserve_rounds: more rounds that are paid for, since one that is cut short must be paid for again.
-        max_grad_norm: C, to which the gradient of a row over all modules is clipped; above 0.
+        max_grad_norm: C, to which the gradient of a row over all modules is clipped; from 1e-12 to 1e12, where
+            float32 holds gradients to C without loss.
         accountant: "pld", or "rdp" to compare with articles.
 
     Raises:
@@ -57,7 +63,7 @@ class PrivacySettings:
         most = f"from 1 to records = {self.records}"
         require("expected_batch", self.expected_batch, 1 <= self.expected_batch <= self.records, most)
         require("reserve_rounds", self.reserve_rounds, self.reserve_rounds >= 0, "0 or more")
-        require("max_grad_norm", self.max_grad_norm, 0 < self.max_grad_norm < math.inf, "a positive number")
+        require("max_grad_norm", self.max_grad_norm, *clips(self.max_grad_norm))
         accountants = get_args(Accountant)
         require("accountant", self.accountant, self.accountant in accountants, f"one of {', '.join(accountants)}")
 

@@ -22,7 +22,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.silo import silo_client
 from treadle.recipes.train import alone
 from treadle.toml import load_toml
-from treadle.train.federated.checkpoint import RunFolder, facts_of, read_reports
+from treadle.train.federated.checkpoint import STATE, RunFolder, facts_of, read_reports
 from treadle.train.federated.client import Silo
 from treadle.train.federated.client_privacy import ClientPrivacyPlan, ClientPrivacySettings
 from treadle.train.federated.federation import Federation
@@ -66,18 +66,22 @@ class Watched:
         variant: by which it is joined.
         rounds: that it is to have.
         reports: of those that are done.
+        finished: whether its adapter is there.
     """
 
     name: str
     variant: str
     rounds: int
     reports: tuple[RoundReport, ...]
+    finished: bool
 
 
 def watched(config: FederateRun) -> Watched:
     """How far the run has come; no report before its first round is done."""
-    reports = tuple(read_reports(state_folder(config)))
-    return Watched(config.name, config.variant.name, config.work.rounds, reports)
+    folder = state_folder(config)
+    state, reports = folder / STATE, tuple(read_reports(folder))
+    finished = config.out.is_dir() and state.exists() and config.out.stat().st_mtime >= state.stat().st_mtime
+    return Watched(config.name, config.variant.name, config.work.rounds, reports, finished)
 
 
 def federate_in_process(
@@ -200,9 +204,9 @@ def federation_of(config: FederateRun) -> Federation:
             privacy.check(variant, server_round)
         if config.rules.weighting != "uniform":
             raise ConfigError("clients that are private count alike", where="rules.weighting", remedy="weigh uniformly")
-    if config.rules.rank_share and any(variant.work(server_round).both for server_round in rounds):
+    if config.rules.rank_share and any(variant.work(server_round).lora_A for server_round in rounds):
         raise ConfigError(
-            f"{variant.name} trains A and B together, and every client needs all ranks then",
+            f"{variant.name} trains A, and every client needs all ranks then",
             where="rules.rank_share",
             remedy="take ffa, or frozen_share = 1",
         )

@@ -3,7 +3,8 @@
 server    `superlink_command` is the SuperLink; `admit` registers a silo's public key; `submit` starts the run
 silo      `serve_silo` starts the SuperNode and answers its messages
 
-All of it goes over TLS, and a SuperNode without a registered key is refused. Nothing calls home.
+All of it goes over TLS, a SuperNode without a registered key is refused, and only the SuperLink's own machine may
+register keys and start runs (`train/federated/guard.py`). Nothing calls home.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from treadle.progress import Progress, silent
 from treadle.recipes.federate import FederatedRun, Watched, federate_on, line_of, run_of, state_folder, watched
 from treadle.recipes.silo import silo_client
 from treadle.toml import load_toml
+from treadle.train.federated import guard
 from treadle.train.federated.applications import server_app, unused_client_app
 from treadle.train.federated.client import client_app
 from treadle.train.federated.node import ClientApp, answer_messages, handing_over
@@ -111,17 +113,17 @@ def superlink_command(config: FederateRun) -> Command:
     Raises:
         ConfigError: the run has no `superlink`.
         InputError: a certificate or key is missing.
-        UnavailableError: Flower is not installed.
     """
     link = _link(config)
     arguments = ["--host", link.host, "--port", str(link.port), "--enable-supernode-auth"]
     arguments += ["--ssl-certfile", _valid(link.certificate), "--ssl-keyfile", _existing(link.private_key)]
     arguments += ["--ssl-ca-certfile", _valid(link.root_certificates), "--disable-runtime-dependency-installation"]
-    return Command((_command("flower-superlink"), *arguments), {**os.environ, **_server_environment(config)})
+    guarded = (sys.executable, "-m", guard.__name__)
+    return Command((*guarded, *arguments), {**os.environ, **_server_environment(config)})
 
 
 def admit(config: FederateRun, public_key: Path) -> None:
-    """Register a silo's public key with the running SuperLink.
+    """Register a silo's public key with the SuperLink that runs on this machine.
 
     Raises:
         InputError: there is no such key, or it is registered already.

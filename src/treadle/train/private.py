@@ -160,7 +160,7 @@ def private_steps(
     """
     work = RowGradients(model, lora_B, rows, settings)
     optimizer = _optimizer(lora_B, settings)
-    with eval_mode(model), quick_attention(model, max(row.tokens for row in rows)):
+    with eval_mode(model), quick_attention(model, settings.max_length):  # not the longest row: rows choose nothing
         for step in range(steps):
             gradients = mechanism.gradient(lora_B, work.per_example)
             for name, B in lora_B.items():

@@ -104,6 +104,16 @@ def test_an_exhausted_budget_releases_nothing_and_still_resends(tmp_path: Path) 
     assert release(ledger, "ward", key(2), EVENT, never).payload == sent[1]
 
 
+def test_a_run_takes_no_more_steps_than_its_noise_is_for_whatever_the_budget_has_left(ledger: Ledger) -> None:
+    for number in (1, 2):
+        release(ledger, "ward", key(number), EVENT, lambda: b"x", at_most=25)
+    said = r"run 'run' on data set 'ward': 20 of the 25 steps that its noise is for are paid, and it asks for 10 more"
+    with pytest.raises(BudgetError, match=said):
+        release(Ledger.open(ledger.path), "ward", key(3), EVENT, never, at_most=25)
+    assert ledger.spent("ward") == cost(20)
+    release(ledger, "ward", key(3, run="another"), EVENT, lambda: b"x", at_most=25)
+
+
 def test_all_runs_families_and_restarts_add_up(ledger: Ledger) -> None:
     other = MechanismEvent(2.0, 0.02, 7)
     for place, (run, event) in enumerate([("a", EVENT), ("b", other), ("a", EVENT), ("c", other), ("d", EVENT)]):

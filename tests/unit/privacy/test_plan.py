@@ -84,6 +84,7 @@ def test_without_a_promise_there_is_no_noise_and_no_event() -> None:
         ({"reserve_rounds": -1}, "reserve_rounds is -1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
         ({"max_grad_norm": math.inf}, "max_grad_norm is inf"),
+        ({"max_grad_norm": 1e-13}, "max_grad_norm is 1e-13; it must be from 1e-12 to 1e12"),
         ({"accountant": "moments"}, "accountant is moments; it must be one of pld, rdp"),
     ],
 )

@@ -1,20 +1,22 @@
 """`treadle federate` in one process: TOMLs in, one PEFT folder out, and the state that survives a death."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from treadle.cli.federation_tables import watch
 from treadle.configs.federate import FederateRun
-from treadle.errors import ConfigError, UnavailableError
+from treadle.errors import ConfigError, InputError, UnavailableError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.privacy.ledger import Ledger
-from treadle.recipes.federate import federate_in_process
+from treadle.recipes.federate import Watched, federate_in_process, watched
 from treadle.toml import load_toml
 
 NAMES = ("north", "south", "east")
@@ -100,6 +102,37 @@ def test_privacy_of_clients_is_warned_of_among_three_and_recorded(root: Path, ca
     clients = [name for name in said.settings if any(client in name for client in NAMES)]
     assert clients == []  # who took part is what it promises not to tell
     assert (said.settings["silos"], said.data) == (3, "3 silos")
+
+
+def test_a_run_that_was_killed_goes_on_and_pays_for_no_round_twice(root: Path) -> None:
+    for name in NAMES:
+        text = (root / f"{name}.toml").read_text()
+        (root / f"{name}.toml").write_text(text.replace('epsilon = "none"', "epsilon = 8.0"))
+    config = load_toml(root / "run.toml", FederateRun)
+
+    def dies(now: Watched) -> None:
+        if len(now.reports) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate_in_process(config, seen=dies)
+    assert not watched(config).finished
+    with pytest.raises(InputError, match="a run has begun here; resume it"):
+        federate_in_process(config)
+    made = federate_in_process(config, resume=True)
+    assert [report.server_round for report in made.reports] == [1, 2, 3]
+    assert watched(config).finished
+    for name in NAMES:
+        (line,) = Ledger.open(root / f"{name}.ledger").statements()
+        assert [(run.releases, run.repeated) for run in line.runs] == [(3, 0)]
+        assert made.adapter.provenance.settings[f"epsilon of {name}"] == line.spent
+
+
+def test_watching_ends_with_a_run_that_ended_early() -> None:
+    now = Watched("signs", "ffa", 3, (), finished=False)
+    looks = iter([now, replace(now, finished=True)])
+    watch(lambda: next(looks))  # it would ask a third time
+    assert next(looks, None) is None
 
 
 def test_a_base_that_is_missing_costs_no_silo_anything(root: Path) -> None:

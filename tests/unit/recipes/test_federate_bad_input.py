@@ -246,7 +246,16 @@ MISTAKES: dict[str, tuple[Mistake, int, str]] = {
     "ranks of some where A moves": (
         run('too_few = "abort"', 'rank_share = {north = 0.5}\n[variant]\nname = "fedit"'),
         2,
-        "rules.rank_share: fedit trains A and B together",
+        "rules.rank_share: fedit trains A, and every client needs all ranks",
+    ),
+    "ranks of some where A and B take turns": (
+        run(
+            "rounds = 1\nexpected_batch = 4\nlearning_rate = 0.1\nlocal_steps = 1\n[rules]",
+            "rounds = 2\nexpected_batch = 4\nlearning_rate = 0.1\n"
+            '[variant]\nname = "rolora"\n[rules]\nrank_share = {north = 0.5}',
+        ),
+        2,
+        "rules.rank_share: rolora trains A, and every client needs all ranks",
     ),
     "private clients whose updates are stacked": (
         run("[rules]", '[variant]\nname = "flora"\n[client_privacy]\nepsilon = 4.0\ndelta = 1e-2\n[rules]'),

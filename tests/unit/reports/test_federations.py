@@ -14,7 +14,7 @@ REPORT = RoundReport(1, (ACCEPTED, MISSING), 1, 2.0, 9876, 0.5, ((1.0,),), None,
 
 def test_the_page_names_everybody_and_escapes_it() -> None:
     later = replace(REPORT, server_round=2, noise_to_signal=3.0)
-    page = federation_page(Watched("triage", "ffa", 5, (REPORT, later)))
+    page = federation_page(Watched("triage", "ffa", 5, (REPORT, later), finished=False))
     assert "round 2 of 5" in page
     assert "south &lt;b&gt;" in page
     assert "holds NaN &amp; more" in page
@@ -27,4 +27,4 @@ def test_the_page_names_everybody_and_escapes_it() -> None:
 
 
 def test_a_page_before_the_first_round_is_a_page() -> None:
-    assert "round 0 of 5" in federation_page(Watched("triage", "ffa", 5, ()))
+    assert "round 0 of 5" in federation_page(Watched("triage", "ffa", 5, (), finished=False))

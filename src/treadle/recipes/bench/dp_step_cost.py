@@ -7,6 +7,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -76,6 +77,7 @@ def _arms(folder: Path, config: DpStepCostRun) -> Iterator[dict[str, Arm]]:
         8.0, 1e-5, config.batch, config.batch, rounds=_ROUNDS, local_steps=1, accountant="rdp"
     ).plan()
     mechanism = plan.mechanism(len(rows), SystemRandomness())
+    settings = replace(_SETTINGS, max_length=config.tokens)
     step = Step(
         lambda peer: _losses(peer, kind_of(model), rows),
         config.batch,
@@ -96,7 +98,7 @@ def _arms(folder: Path, config: DpStepCostRun) -> Iterator[dict[str, Arm]]:
             optimizer.step()
 
         def private() -> None:
-            private_steps(model, lora_B, rows, mechanism, _SETTINGS, steps=1)
+            private_steps(model, lora_B, rows, mechanism, settings, steps=1)
 
         yield {"plain": plain, "private": private, **theirs}
 

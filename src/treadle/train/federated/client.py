@@ -23,7 +23,7 @@ from treadle import files
 from treadle.errors import BudgetError, InputError, MismatchError, TreadleError, UnavailableError
 from treadle.family.factors import Factors
 from treadle.family.family import METADATA, WEIGHTS, AdapterFamily
-from treadle.train.federated.factors import received
+from treadle.train.federated.factors import check_order, received
 from treadle.train.federated.messages import (
     Order,
     Reply,
@@ -163,6 +163,7 @@ def steps(silo: Silo, message: Message) -> RecordDict:
     family = _family(silo, order.family)
     with _servers_fault():
         factors = received(family.lora_A, order.tensors)
+        check_order(order.trained, factors)
     made = silo.train(family, order, factors)
     return reply_records(
         Reply(

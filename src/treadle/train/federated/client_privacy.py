@@ -1,7 +1,8 @@
 """Differential privacy of whole clients: clipped updates, and Gaussian noise on their mean, at a trusted server.
 
-It is another promise than that of a silo's rows: what is hidden is whether a client took part at all, and from all but
-the server. It hides one among many, so among few it hides everything that is learnt too: `warning` says when.
+It is another promise than that of a silo's rows: what is hidden is what all of a client's updates were, or whether
+they were zeros, and from all but the server. Who belongs to the federation is public, and whom a round asks hangs on
+nobody. It hides one among many, so among few it hides everything that is learnt too: `warning` says when.
 """
 
 import math
@@ -26,7 +27,7 @@ class ClientPrivacySettings:
     """What is promised to a client, and the public facts that the promise needs.
 
     Attributes:
-        epsilon: of all rounds together, above 0; for adding or removing one client.
+        epsilon: of all rounds together, above 0; for one client's updates, or zeros in their place.
         delta: below 1 / clients.
         clients: how many belong to the federation, a public number.
         cohort: how many a round is declared to join, at most `clients`. The sum of updates is divided by this number,
@@ -121,8 +122,8 @@ class ClientPrivacyPlan:
             "client_epsilon": spent,
             "client_delta": settings.delta,
             "client_max_update_norm": settings.max_update_norm,
-            "client_covers": "whether one client took part, from all but the server; no reports of single clients, "
-            "and not the largest ε of their rows, which is stated",
+            "client_covers": "what one client's updates were, or zeros in their place, from all but the server; "
+            "neither who was asked, nor reports of single clients, nor the largest ε of their rows, which is stated",
         }
 
     def noise_to_signal(self, parameters: int) -> float:

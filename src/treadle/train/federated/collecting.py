@@ -75,7 +75,10 @@ class Collecting:
             self._refused(client, message.error.code, message.error.reason or "", size)
             return
         try:
-            self._accept(client, reply_of(message), federation, progressed, weight)
+            reply = reply_of(message)
+            if (reply.client, reply.run) == (client, self.orders[client].run):  # paid, averaged or not
+                self.rows[client] = replace(self.rows[client], epsilon=reply.epsilon, delta=reply.delta)
+            self._accept(client, reply, federation, progressed, weight)
             self.note(client, "accepted", "", up=size)
         except (FormatError, MismatchError) as error:
             self.note(client, "rejected", error.what, up=size)
@@ -103,5 +106,4 @@ class Collecting:
             max_update_norm=federation.rules.max_update_norm,
         )
         self.updates[client], self.changes[client], self.replies[client] = update, change, reply
-        row = self.rows[client]
-        self.rows[client] = replace(row, update_norm=norm_of(change), epsilon=reply.epsilon, delta=reply.delta)
+        self.rows[client] = replace(self.rows[client], update_norm=norm_of(change))

@@ -5,14 +5,14 @@ What belongs to one client alone goes by MODULE/own/CLIENT, and only into checkp
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from treadle.errors import MismatchError
+from treadle.errors import FormatError, MismatchError
 from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 
@@ -116,6 +116,20 @@ class GlobalState:
                     )
         moved = frozenset(name for name in family.plan.modules if key_of_A(name) in shared)
         return GlobalState(factors.lora_A, factors.lora_B, moved, own)
+
+
+def check_order(trained: Sequence[str], factors: Factors) -> None:
+    """Return if steps can be done from these factors on what a message asks to train, so that nobody pays in vain.
+
+    Raises:
+        FormatError: a factor is not finite; what is to be trained is nothing, unknown, or stands twice.
+    """
+    tensors = {**factors.lora_B, **{key_of_A(name): A for name, A in factors.lora_A.items()}}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError("holds NaN or Inf", where=name, remedy="resume from a round before it")
+    if not trained or len(set(trained)) < len(trained) or not tensors.keys() >= set(trained):
+        raise FormatError(f"cannot train {', '.join(trained) or 'nothing'}", remedy="ask for modules of the family")
 
 
 def key_of_A(module: str) -> str:

@@ -56,6 +56,10 @@ class Progressed:
         """What is known of the client."""
         return self.members.get(client, Member())
 
+    def asking_everybody(self) -> "Progressed":
+        """The same, once nobody's budget counts as spent: silos may have allowed more, and asking costs nothing."""
+        return replace(self, members={name: replace(row, exhausted=False) for name, row in self.members.items()})
+
     def with_member(self, client: str, member: Member) -> "Progressed":
         """The same, once this is known of the client."""
         return replace(self, members={**self.members, client: member})

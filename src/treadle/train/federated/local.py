@@ -65,9 +65,7 @@ class Terms:
     micro_batch: int = 16
 
     def plan(self, work: LocalWork) -> DPPlan:
-        """The plan that keeps these terms over all the rounds that a server announces.
-
-        A server that announces fewer rounds than it asks for gets no more than the ledger allows.
+        """The plan that keeps these terms over all the rounds that a server announces; of more, nothing is released.
 
         Raises:
             ConfigError: the server's numbers and the silo's do not go together.
@@ -117,7 +115,7 @@ def local_training(
             return _made(silo or opened(family, order), plan, source, factors, order, terms.micro_batch)
 
         event = plan.event(order.work.local_steps) if source.secret else None
-        released = release(terms.ledger, terms.data, key, event, make)
+        released = release(terms.ledger, terms.data, key, event, make, at_most=plan.steps)
         return _result(released.payload, terms)
 
     return train

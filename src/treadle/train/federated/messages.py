@@ -144,6 +144,9 @@ def reply_of(message: Message) -> Reply:
         FormatError: it holds none.
     """
     facts = _facts(message)
+    epsilon, delta = _number(facts, "epsilon"), _number(facts, "delta")
+    if (epsilon is None) != (delta is None):
+        raise FormatError("the message has ε without δ, or δ without ε", remedy=_REFUSED)
     return Reply(
         client=_text(facts, "client"),
         run=_text(facts, "run"),
@@ -151,8 +154,8 @@ def reply_of(message: Message) -> Reply:
         request=_text(facts, "request"),
         task_type=_text(facts, "task_type") if "task_type" in facts else None,
         transposed=facts.get("transposed") is True,
-        epsilon=_number(facts, "epsilon"),
-        delta=_number(facts, "delta"),
+        epsilon=epsilon,
+        delta=delta,
         tensors=_tensors(message),
     )
 

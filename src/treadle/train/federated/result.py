@@ -9,6 +9,8 @@ COVERS = (
     "nor what silos publish otherwise is covered"
 )
 """What the stated ε is about."""
+RELEASES = "a silo to its server: name, kind of model, its tensors after the steps of every round, ε and δ spent"
+"""All that a client says beside what is wrong."""
 
 
 def federated_adapter(federation: Federation, progressed: Progressed, name: str, *, data: str) -> Adapter:
@@ -50,7 +52,7 @@ def federated_adapter(federation: Federation, progressed: Progressed, name: str,
 
 
 def _provenance(federation: Federation, progressed: Progressed, data: str) -> Provenance:
-    members = {name: row for name, row in progressed.members.items() if row.rounds > 0}
+    members = {name: row for name, row in progressed.members.items() if row.rounds > 0 or row.epsilon is not None}
     costs = {name: Cost(row.epsilon, row.delta or 0.0) for name, row in members.items()}
     spent = largest(costs.values())
     variant, rounds = federation.variant, range(1, progressed.server_round + 1)
@@ -61,6 +63,7 @@ def _provenance(federation: Federation, progressed: Progressed, data: str) -> Pr
         "weighting": federation.rules.weighting,
         "server_rounds": progressed.server_round,
         "covers": COVERS if spent.epsilon is not None else "none",
+        "releases": RELEASES + (", its number of records" if federation.rules.weighting == "records" else ""),
     }
     if progressed.state.moved:
         own = progressed.state.left_family(federation.family, variant=variant.name)

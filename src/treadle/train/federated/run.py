@@ -52,7 +52,7 @@ def federate(federation: Federation, grid: Grid, folder: RunFolder, told: Callab
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     if folder.exists:
-        progressed = folder.load(federation)
+        progressed = folder.load(federation).asking_everybody()
     else:
         progressed = Progressed(secrets.token_hex(16), 0, GlobalState.start(federation.family))
         folder.save_state(progressed)  # before anybody is asked: replies are kept under the run's name

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from treadle.errors import require
+from treadle.privacy.plan import clips
 
 Weighting = Literal["uniform", "records"]
 """Whether every client counts alike, or by the number of records that it declares public."""
@@ -22,7 +23,7 @@ class LocalWork:
         local_steps: private steps a round, at least 1.
         expected_batch: mean size of a Poisson-sampled batch, at least 1.
         learning_rate: above 0, at scaling 1.
-        max_grad_norm: norm to which one example's gradient of all B is clipped, above 0.
+        max_grad_norm: norm to which one example's gradient of all B is clipped, from 1e-12 to 1e12.
         optimizer: of the local steps; its state begins anew in every round.
         momentum: of "sgd", in [0, 1).
         max_length: tokens of one example; what is longer loses the beginning of its prompt.
@@ -48,9 +49,8 @@ class LocalWork:
             require(name, value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
         for name in ("rounds", "expected_batch", "local_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            require(name, value, 0 < value < float("inf"), "a positive number")
+        require("learning_rate", self.learning_rate, 0 < self.learning_rate < float("inf"), "a positive number")
+        require("max_grad_norm", self.max_grad_norm, *clips(self.max_grad_norm))
         require("reserve_rounds", self.reserve_rounds, self.reserve_rounds >= 0, "0 or more")
         require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         require("max_length", self.max_length, self.max_length >= 2, "at least 2")

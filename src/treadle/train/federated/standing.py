@@ -39,7 +39,7 @@ class ClientRow:
         down: bytes sent to it, families apart.
         up: bytes received.
         update_norm: of what it sent, noise included; None where nothing was accepted.
-        epsilon: spent by its data so far, as it says.
+        epsilon: spent by its data so far, as it says, whether its update is averaged or not.
         delta: belongs to epsilon.
     """
 
@@ -123,6 +123,13 @@ class ClientTotals:
     delta: float | None = None
     reason: str = ""
 
+    @property
+    def stated_epsilon(self) -> float | str:
+        """What it says that it has spent: a number, "none" for no bound, "–" where it has said nothing yet."""
+        if self.epsilon is not None:
+            return self.epsilon
+        return "none" if self.accepted else "–"
+
 
 def totals(reports: Sequence[RoundReport]) -> list[ClientTotals]:
     """Every client that was ever asked, in the order in which it was first."""
@@ -135,8 +142,8 @@ def totals(reports: Sequence[RoundReport]) -> list[ClientTotals]:
             known.missing + (not counts),
             known.down + row.down,
             known.up + row.up,
-            row.epsilon if counts else known.epsilon,
-            row.delta if counts else known.delta,
+            row.epsilon if row.epsilon is not None or counts else known.epsilon,
+            row.delta if row.delta is not None or counts else known.delta,
             known.reason if counts else row.reason,
         )
     return list(found.values())

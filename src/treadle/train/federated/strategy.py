@@ -65,9 +65,11 @@ class FederatedStrategy(Strategy):
         left = [name for name in rules.clients if not self.progressed.member(name).exhausted]
         if len(left) < (rules.minimum or 1):
             raise RunEnded(f"{len(left)} clients have a budget left, a round needs {rules.minimum or 1}")
-        drawn = sorted(shuffled(len(left), rules.seed, f"round/{number}")[: rules.asked])
+        # Where clients are private, whom a round asks must not hang on any of them: who is spent leaves a gap.
+        pool = left if self._federation.client_privacy is None else list(rules.clients)
+        drawn = sorted(shuffled(len(pool), rules.seed, f"round/{number}")[: rules.asked])
         self._begun = time.monotonic()
-        collecting = Collecting(number, tuple(left[place] for place in drawn))
+        collecting = Collecting(number, tuple(pool[place] for place in drawn if pool[place] in left))
         self._open = collecting, grid
         return self._messages(collecting, grid)
 
@@ -121,8 +123,13 @@ class FederatedStrategy(Strategy):
         return array_record(self.progressed.state.lora_B), None
 
     def _fill_up(self, collecting: Collecting, needed: int) -> None:
-        """Let clients that were not drawn step in for those of the round whose budget is spent, in a drawn order."""
+        """Let clients that were not drawn step in for those of the round whose budget is spent, in a drawn order.
+
+        Nobody steps in where clients are private: one client's budget would decide about another's update.
+        """
         rules = self._federation.rules
+        if self._federation.client_privacy is not None:
+            return
         others = [
             name
             for name in rules.clients
@@ -171,6 +178,10 @@ class FederatedStrategy(Strategy):
             known = after.member(client)
             member = replace(known, rounds=known.rounds + 1, epsilon=reply.epsilon, delta=reply.delta)
             after = replace(after.with_member(client, member), task_type=reply.task_type, transposed=reply.transposed)
+        for row in collecting.rows.values():
+            if row.client not in collecting.replies and row.epsilon is not None:  # it paid, and counts for nothing
+                member = replace(after.member(row.client), epsilon=row.epsilon, delta=row.delta)
+                after = after.with_member(row.client, member)
         changes = [collecting.changes[client] for client in sorted(collecting.changes)]
         report = RoundReport(
             server_round=collecting.number,

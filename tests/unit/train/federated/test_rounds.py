@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,17 @@ from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
+from treadle.privacy.noise import SeededRandomness
 from treadle.train.federated.checkpoint import ROUNDS, STATE, RunFolder, facts_of, read_reports
 from treadle.train.federated.client import LocalResult, Silo
+from treadle.train.federated.client_privacy import ClientPrivacySettings
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.messages import Order
 from treadle.train.federated.monitors import cosines, mean_norm, noise_to_signal
+from treadle.train.federated.result import federated_adapter
 from treadle.train.federated.run import federate, in_process_grid
 from treadle.train.federated.settings import LocalWork, RoundRules
-from treadle.train.federated.standing import RoundReport, totals
+from treadle.train.federated.standing import ClientTotals, RoundReport, totals
 from treadle.train.federated.variants import VariantSettings
 
 NAMES = ("north", "south", "east")
@@ -146,6 +150,84 @@ def test_who_was_not_drawn_steps_in_for_a_spent_client(family: AdapterFamily, tm
         assert accepted == {"south", "east"}
     drawn = [{row.client for row in report.clients} for report in reports]
     assert sum("north" in clients for clients in drawn) == 1  # once is enough to know that it has nothing left
+
+
+def test_whom_a_round_asks_hangs_on_no_client_where_clients_are_private(family: AdapterFamily, tmp_path: Path) -> None:
+    """The cohorts of a run in which north has nothing to spend are those of a run in which it has, less north."""
+    federation = federation_of(family, rounds=8, sample=2, minimum=1)
+    settings = ClientPrivacySettings(epsilon=8.0, delta=1e-2, clients=3, cohort=2, rounds=8)
+    federation = replace(federation, client_privacy=settings.plan(SeededRandomness(0)))
+
+    def cohorts(budget: int, folder: str) -> list[set[str]]:
+        silos = [silo_of(name, tmp_path / folder) for name in NAMES]
+        _, reports = run(federation, tmp_path / folder, [spent_after(silos[0], budget), *silos[1:]])
+        return [{row.client for row in report.clients if row.outcome == "accepted"} for report in reports]
+
+    whole, without = cohorts(9, "a"), cohorts(0, "b")
+    assert len(whole) == 8
+    assert any("north" in clients for clients in whole)
+    assert without == [clients - {"north"} for clients in whole]
+
+
+def test_who_was_spent_is_asked_again_when_a_run_is_resumed(family: AdapterFamily, tmp_path: Path) -> None:
+    federation = federation_of(family, rounds=4)
+    poor = [spent_after(silo_of(name, tmp_path), 2 if name == "north" else 9) for name in NAMES]
+    folder = RunFolder(tmp_path / "run", facts_of(federation))
+
+    def dies(report: RoundReport) -> None:
+        if report.server_round == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(federation, in_process_grid(poor), folder, dies)
+    assert folder.load(federation).member("north").exhausted
+    _, reports = run(federation, tmp_path)  # north has been allowed more
+    assert [row.outcome for row in reports[-1].clients] == ["accepted"] * 3
+
+
+def test_what_a_client_says_it_has_spent_stands_though_its_update_is_refused(
+    family: AdapterFamily, tmp_path: Path
+) -> None:
+    federation = federation_of(family, minimum=2, max_update_norm=50.0)
+
+    def outsized(family: AdapterFamily, order: Order, factors: Factors) -> LocalResult:
+        made = silo_of("south", tmp_path).train(family, order, factors)
+        return replace(made, tensors={name: 1e3 * tensor for name, tensor in made.tensors.items()}, epsilon=7.5)
+
+    silos = [silo_of("north", tmp_path), replace(silo_of("south", tmp_path), train=outsized), silo_of("east", tmp_path)]
+    reports: list[RoundReport] = []
+    finished = federate(
+        federation, in_process_grid(silos), RunFolder(tmp_path / "run", facts_of(federation)), reports.append
+    )
+    south = totals(reports)[1]
+    assert (south.client, south.accepted, south.epsilon, south.delta) == ("south", 0, 7.5, 1e-5)
+    settings = federated_adapter(federation, finished.progressed, "signs", data="rows").provenance
+    assert (settings.settings["rounds of south"], settings.settings["epsilon of south"]) == (0, 7.5)
+    assert settings.epsilon == 7.5  # what south released, it released, averaged or not
+
+
+def test_nothing_said_is_told_from_no_bound() -> None:
+    assert [
+        row.stated_epsilon for row in (ClientTotals("a"), ClientTotals("a", 1), ClientTotals("a", 1, epsilon=2.0))
+    ] == [
+        "–",
+        "none",
+        2.0,
+    ]
+
+
+def test_a_client_that_takes_longer_than_the_time_out_is_left_out(family: AdapterFamily, tmp_path: Path) -> None:
+    def slow(family: AdapterFamily, order: Order, factors: Factors) -> LocalResult:
+        time.sleep(1.5)
+        return silo_of("east", tmp_path).train(family, order, factors)
+
+    silos = [silo_of("north", tmp_path), silo_of("south", tmp_path), replace(silo_of("east", tmp_path), train=slow)]
+    _, reports = run(federation_of(family, rounds=1, minimum=2, timeout=1.0), tmp_path, silos)
+    assert {row.client: row.outcome for row in reports[0].clients} == {
+        "north": "accepted",
+        "south": "accepted",
+        "east": "silent",
+    }
 
 
 def test_a_lower_rank_sends_fewer_columns(family: AdapterFamily, tmp_path: Path) -> None:
