@@ -39,7 +39,8 @@ Released = Annotated[
     typer.Option(
         "--released",
         metavar="NAME=FILE",
-        help="What an adapter's silo released by `treadle bank measure`, for every adapter; adds its ε.",
+        help="What an adapter's silo released by `treadle bank measure`, for every adapter, again for each of "
+        "its silos; adds the largest ε.",
     ),
 ]
 LabelsOption = Annotated[
@@ -96,7 +97,7 @@ def build_command(
         raise InputError("--own and --method analytic", where="--own", remedy="pass one of them")
     paths = [AdapterPath(*_named(text)) for text in adapters]
     public = None if calibrate == "none" else PublicSource(calibrate, field=field, method=method)
-    source = OwnSource(_by_name(own, "--own"), field=field) if own else public
+    source = OwnSource(_text_by_name(own), field=field) if own else public
     with working() as progress:
         change = build_bank(folder, family, paths, source=source, access=access, base=base, progress=progress)
     show_bank_change(change, json=json)
@@ -243,9 +244,11 @@ def calibrate_command(
     if seen is not None and chosen == "traffic":
         source = seen
     elif own:
-        source = OwnSource(_by_name(own, "--own"), field=field)
+        source = OwnSource(_text_by_name(own), field=field)
     elif released:
-        source = ReleasedSource({name: Path(file) for name, file in _by_name(released, "--released").items()})
+        source = ReleasedSource(
+            {name: [Path(file) for file in given] for name, given in _by_name(released, "--released").items()}
+        )
     else:
         source = PublicSource(text, field=field, method="analytic" if chosen == "analytic" else "public")
     with working() as progress:
@@ -383,12 +386,21 @@ def _traffic(sources: list[str] | None, tenant: str | None) -> tuple[tuple[str, 
     return tuple(sources), tenant
 
 
-def _by_name(pairs: list[str], option: str) -> dict[str, str]:
-    """Adapter name → file, of NAME=FILE."""
-    files: dict[str, str] = {}
+def _text_by_name(pairs: list[str]) -> dict[str, str]:
+    """Adapter name → file of its own text, of NAME=FILE."""
+    texts = _by_name(pairs, "--own")
+    for name, given in texts.items():
+        if len(given) > 1:
+            raise InputError(f"{len(given)} files for {name!r}", where="--own", remedy="put its texts into one file")
+    return {name: file for name, (file,) in texts.items()}
+
+
+def _by_name(pairs: list[str], option: str) -> dict[str, list[str]]:
+    """Adapter name → files, of NAME=FILE."""
+    files: dict[str, list[str]] = {}
     for pair in pairs:
         name, equals, file = pair.partition("=")
         if not equals or not file:
             raise InputError(f"{pair!r} is not NAME=FILE", where=option, remedy=f"write {option} sums=sums.jsonl")
-        files[name] = file
+        files.setdefault(name, []).append(file)
     return files

@@ -23,6 +23,7 @@ from treadle.routing.calibration import (
     ReleasedNorms,
     TrafficStatistics,
     drift,
+    pooled,
     read_traffic,
 )
 
@@ -81,9 +82,12 @@ class TrafficSource:
 
 @dataclass(frozen=True)
 class ReleasedSource:
-    """What silos released about their adapters (`treadle bank measure`), by adapter name; costs what it states."""
+    """What silos released about their adapters (`treadle bank measure`), by adapter name; costs what it states.
 
-    files: Mapping[str, Path]
+    Of a federated adapter every silo may release its own; they are pooled.
+    """
+
+    files: Mapping[str, Sequence[Path]]
 
 
 Source = PublicSource | OwnSource | ReleasedSource | TrafficSource
@@ -102,7 +106,12 @@ def calibration_of(source: PublicSource | OwnSource | ReleasedSource, names: Seq
         return kind(found.passages, name=text_label(source.text))
     if isinstance(source, ReleasedSource):
         _check_names(source.files, names, "nothing released about", "--released")
-        return PrivateCalibration({name: ReleasedNorms.load(file) for name, file in source.files.items()})
+        return PrivateCalibration(
+            {
+                name: pooled([ReleasedNorms.load(file) for file in given], where=name)
+                for name, given in source.files.items()
+            }
+        )
     _check_names(source.texts, names, "no text of its own for", "--own")
     # The same reader cuts any text into passages; nothing here becomes public by it.
     return OwnCalibration(

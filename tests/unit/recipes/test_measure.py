@@ -1,6 +1,7 @@
 """`treadle bank measure` and `calibrate --released`: a silo's own statistics, from its rows to the fleet's ε."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.privacy.ledger import Ledger
 from treadle.recipes.inspect import inspect
-from treadle.routing.calibration import ReleasedNorms
+from treadle.routing.calibration import ReleasedNorms, pooled
 
 SILO = """
 name = "{name}"
@@ -102,6 +103,8 @@ def test_a_fleet_pays_for_what_its_silos_released(root: Path, capsys: pytest.Cap
     assert (found.privacy.epsilon_disjoint, found.privacy.delta_disjoint) == (4.5, 2e-3)  # 3 of training, 1.5 of this
     assert (found.privacy.epsilon_shared, found.privacy.delta_shared) == (9.0, 4e-3)
     for key, code, said in (
+        ([*released, released[0].replace("ward.n", "desk.n")], 2, "ward: the releases are about different lora_B"),
+        ([f"--own=ward={root}/x.txt", f"--own=ward={root}/y.txt"], 2, "--own: 2 files for 'ward'; put its texts into"),
         (released[:1], 2, "nothing released about adapter 'desk'; pass --released desk=FILE"),
         ([*released, f"--released=zeta={root}/x.json"], 2, "no adapter 'zeta' in the bank; choose among ward, desk"),
         ([f"--released=ward={root}/desk.norms.json", released[1]], 2, "ward: was released about another lora_B"),
@@ -145,3 +148,19 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path, damage: dict[s
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(FormatError, match="norms.json: holds no released statistics"):
         ReleasedNorms.load(path)
+
+
+def test_releases_of_several_silos_are_one_over_the_rows_of_all() -> None:
+    """Of groups of one size, mean and mean square are the means of theirs."""
+    rows = [torch.tensor([1.0, 2.0, 6.0, 3.0]), torch.tensor([4.0, 9.0, 5.0, 0.0]), torch.tensor([2.0, 2.0, 8.0, 1.0])]
+    single = [
+        ReleasedNorms({"a": r.mean().item()}, {"a": r.std(correction=0).item()}, "d" * 64, epsilon, 1e-5 * epsilon)
+        for r, epsilon in zip(rows, (1.0, 3.0, 2.0), strict=True)
+    ]
+    found, whole = pooled(single), torch.cat(rows)
+    assert found.mean["a"] == pytest.approx(whole.mean().item(), rel=1e-6)  # float32 above
+    assert found.std["a"] == pytest.approx(whole.std(correction=0).item(), rel=1e-6)
+    assert (found.epsilon, found.delta) == (3.0, single[1].delta)  # the silos' rows are disjoint
+    assert pooled(single[:1]) is single[0]
+    assert pooled([*single, replace(single[0], epsilon=None)]).epsilon is None
+    assert pooled([single[0], replace(single[1], mean={}, std={})]).mean == {}

@@ -16,7 +16,7 @@ from treadle.routing.calibration.drift import Drift, drift
 from treadle.routing.calibration.methods import Calibration, calibrate
 from treadle.routing.calibration.moments import LatentMoments, Moments
 from treadle.routing.calibration.own import OwnCalibration
-from treadle.routing.calibration.private import PrivateCalibration, ReleasedNorms
+from treadle.routing.calibration.private import PrivateCalibration, ReleasedNorms, pooled
 from treadle.routing.calibration.prompts import PromptStatistics
 from treadle.routing.calibration.public import PublicCalibration, PublicText
 from treadle.routing.calibration.statistics import Method, Statistics
@@ -51,6 +51,7 @@ __all__ = [
     "counted",
     "drift",
     "ignored_tokens",
+    "pooled",
     "positions",
     "read_prompt",
     "read_traffic",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from treadle import files
 from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.adapter import Adapter, is_privacy
+from treadle.privacy.joint import Cost, largest
 from treadle.routing.calibration.statistics import Method, Statistics
 from treadle.routing.factors import LayerFactors
 
@@ -19,7 +21,7 @@ FORMAT = "treadle.released-norms/1"
 
 @dataclass(frozen=True)
 class ReleasedNorms:
-    """What one silo released about one adapter.
+    """What one silo, or several by `pooled`, released about one adapter.
 
     Attributes:
         mean: module → mean norm of ‖B A x‖ over the adapter's own rows.
@@ -65,6 +67,31 @@ class ReleasedNorms:
                 f"holds no released statistics ({error})", where=path, remedy="ask the silo for it again"
             ) from error
         return found
+
+
+def pooled(released: Sequence[ReleasedNorms], *, where: object = None) -> ReleasedNorms:
+    """What several silos released about one adapter as one release over all of their rows, every silo counting alike.
+
+    Mean and deviation are those of the mixture. ε and δ are the largest, as the silos' rows are disjoint; None as soon
+    as one is. Modules that one of them lacks are left out.
+
+    Args:
+        released: at least one.
+        where: named in errors.
+
+    Raises:
+        MismatchError: they are about different lora_B.
+    """
+    if len(released) == 1:
+        return released[0]
+    if len({one.B_digest for one in released}) > 1:
+        raise MismatchError("the releases are about different lora_B", where=where, remedy="ask the silos again")
+    modules = set.intersection(*(set(one.mean) for one in released))
+    mean = {module: fmean(one.mean[module] for one in released) for module in sorted(modules)}
+    square = {m: fmean(one.std[m] ** 2 + (one.mean[m] - mean[m]) ** 2 for one in released) for m in mean}
+    cost = largest([Cost(one.epsilon, one.delta) for one in released])
+    std = {module: math.sqrt(value) for module, value in square.items()}
+    return ReleasedNorms(mean, std, released[0].B_digest, cost.epsilon, max(one.delta for one in released))
 
 
 def _numbers(value: object) -> dict[str, float]:
