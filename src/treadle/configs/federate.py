@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from treadle.configs.train import SourceData, TaskData, kind_of_data, refuse_limit
+from treadle.configs.train import SiloLedger, SourceData, TaskData, kind_of_data, refuse_limit
 from treadle.toml import TomlTable
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
@@ -99,20 +99,6 @@ class SiloPrivacy(TomlTable):
     delta: float = Field(gt=0, lt=1)
     records: int = Field(ge=1)
     share_records: bool = False
-
-
-class SiloLedger(TomlTable):
-    """Where a silo keeps account, and what it allows in all.
-
-    Attributes:
-        path: the ledger's file, made by `treadle ledger new`.
-        data: the data set's name in it: all spending on these rows stands under it, whatever the run.
-        epsilon: budget over all runs ever, at the δ of `privacy`; that of one run if None, "none" for no limit.
-    """
-
-    path: Path
-    data: str
-    epsilon: Annotated[float, Field(gt=0)] | Literal["none"] | None = None
 
 
 class SuperNode(TomlTable):

@@ -89,6 +89,20 @@ class PrivacyPromise(TomlTable):
         )
 
 
+class SiloLedger(TomlTable):
+    """Where a silo keeps account, and what it allows in all.
+
+    Attributes:
+        path: the ledger's file, made by `treadle ledger new`.
+        data: the data set's name in it: all spending on these rows stands under it, whatever the run.
+        epsilon: budget over all runs ever, at the δ of `privacy`; that of one run if None, "none" for no limit.
+    """
+
+    path: Path
+    data: str
+    epsilon: Annotated[float, Field(gt=0)] | Literal["none"] | None = None
+
+
 def refuse_limit(data: TaskData | SourceData) -> None:
     """Return if every row is in whatever the others are, as every accountant of rows supposes.
 
@@ -120,6 +134,7 @@ class TrainRun(TomlTable):
         sft: the trainer's settings.
         privacy: makes it DP-SGD with this promise, instead of plain fine-tuning.
         dp_sgd: that trainer's settings.
+        ledger: pays for a private run before its adapter is written; None where nobody keeps account of these rows.
         device: "auto", "cpu", "cuda", …
         overwrite: whether a folder at `out` is replaced.
     """
@@ -137,6 +152,7 @@ class TrainRun(TomlTable):
     sft: SftSettings = SftSettings()
     privacy: PrivacyPromise | None = None
     dp_sgd: PrivateSettings = PrivateSettings()
+    ledger: SiloLedger | None = None
     device: str = "auto"
     overwrite: bool = False
 
@@ -150,6 +166,8 @@ class TrainRun(TomlTable):
             raise ValueError("bare_share and variant_share add up to more than 1")
         if self.privacy is None and "dp_sgd" in self.model_fields_set:
             raise ValueError("[dp_sgd] needs [privacy]; plain fine-tuning is configured by [sft]")
+        if self.privacy is None and self.ledger is not None:
+            raise ValueError("[ledger] needs [privacy]: it accounts for noise")
         if self.privacy is not None:
             self._private(self.privacy)
         return self

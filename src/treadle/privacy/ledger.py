@@ -166,6 +166,16 @@ class Ledger:
             self._account(data)
             self._append(connection, Allowed(data, budget, reason))
 
+    def check(self, data: str, event: MechanismEvent | None) -> None:
+        """Return if a run of its own could pay for this release now; nothing is written.
+
+        Raises:
+            InputError: no such data set.
+            BudgetError: it would cost more than the silo allows.
+        """
+        with self._caught_up():
+            self._account(data).refuse_if_over(event)
+
     def debit(self, data: str, key: ReleaseKey, event: MechanismEvent | None, *, at_most: int | None = None) -> None:
         """Pay for one release: when this returns, the debit is on the disk.
 

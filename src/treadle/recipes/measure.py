@@ -16,7 +16,7 @@ from treadle.privacy.statistics import StatisticsSettings
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
 from treadle.recipes.calibration import PublicSource, calibration_of
-from treadle.recipes.silo import check_terms, opened_ledger
+from treadle.recipes.silo import check_terms, silo_ledger
 from treadle.recipes.statistics import Payer, release_statistics
 from treadle.recipes.train import examples_of
 from treadle.routing.bank import AdapterBank
@@ -64,7 +64,7 @@ def measure(config: SiloRun, asked: Measurement, out: Path, progress: Progress =
     family = AdapterFamily.load(asked.family)
     adapter = Adapter.load(asked.adapter, family=family)
     examples = examples_of(config.data, shares={}, seed=0)
-    ledger = opened_ledger(config, examples)
+    ledger = silo_ledger(config, examples)
     model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)
     calibration = calibration_of(asked.text, [adapter.name])
     bank = AdapterBank.build(

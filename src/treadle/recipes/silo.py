@@ -2,23 +2,21 @@
 
 import math
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.configs.federate import SiloRun
-from treadle.configs.train import SourceData
 from treadle.data.prompts import Example
 from treadle.family.family import AdapterFamily
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import load_model, load_tokenizer
-from treadle.privacy.entries import Budget
 from treadle.privacy.ledger import Ledger
 from treadle.privacy.plan import PrivacySettings
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
+from treadle.recipes.payment import opened_ledger
 from treadle.recipes.train import examples_of
 from treadle.train.federated.client import Silo
 from treadle.train.federated.local import OpenedSilo, Terms, local_training
@@ -40,7 +38,7 @@ def silo_client(config: SiloRun) -> Silo:
     examples = examples_of(config.data, shares={}, seed=0)
     terms = Terms(
         data=config.ledger.data,
-        ledger=opened_ledger(config, examples),
+        ledger=silo_ledger(config, examples),
         epsilon=number_of(config.privacy.epsilon),
         delta=config.privacy.delta,
         records=config.privacy.records,
@@ -76,16 +74,10 @@ def check_rows(config: SiloRun, progress: Progress = silent) -> None:
     encoded(model, tokenizer, examples_of(config.data, shares={}, seed=0), PrivateSettings(overlong="cut"))
 
 
-def opened_ledger(config: SiloRun, examples: list[Example]) -> Ledger:
-    """The silo's ledger, in which these rows are registered under the name and budget of its configuration.
-
-    Raises:
-        InputError: there is no ledger.
-        MismatchError: it knows these data under another name, or another budget.
-    """
-    ledger = Ledger.open(config.ledger.path)
-    ledger.register(config.ledger.data, budget=budget_of(config), source=_source(config, examples))
-    return ledger
+def silo_ledger(config: SiloRun, examples: list[Example]) -> Ledger:
+    """The silo's ledger, in which its rows are registered; see `opened_ledger`."""
+    privacy = config.privacy
+    return opened_ledger(config.ledger, config.data, examples, epsilon=number_of(privacy.epsilon), delta=privacy.delta)
 
 
 def check_terms(config: SiloRun) -> None:
@@ -98,22 +90,9 @@ def check_terms(config: SiloRun) -> None:
     PrivacySettings(number_of(privacy.epsilon), privacy.delta, privacy.records, 1, rounds=1, local_steps=1)
 
 
-def budget_of(config: SiloRun) -> Budget:
-    """What the silo allows over all runs."""
-    allowed = config.privacy.epsilon if config.ledger.epsilon is None else config.ledger.epsilon
-    return Budget(number_of(allowed), config.privacy.delta)
-
-
 def number_of(epsilon: float | Literal["none"]) -> float:
     """ε as a number: "none" is infinite."""
     return math.inf if epsilon == "none" else float(epsilon)
-
-
-def _source(config: SiloRun, examples: list[Example]) -> Path | bytes:
-    """What identifies the data in the ledger: the file, or the examples where there is none."""
-    if isinstance(config.data, SourceData) and Path(config.data.source).is_file():
-        return Path(config.data.source)
-    return files.canonical_json([[example.prompt, example.completion] for example in examples])
 
 
 @lru_cache(maxsize=2)

@@ -22,6 +22,7 @@ from treadle.files import checked_name, locked, refuse_existing
 from treadle.privacy.plan import DPPlan
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
+from treadle.recipes.payment import payment_of
 from treadle.train.checkpoint import discard
 from treadle.train.private import PrivateResult, train_private
 from treadle.train.rows import data_sha256, mixed
@@ -47,9 +48,11 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
     """The configured adapter, also saved in the folder `config.out`.
 
     A run that was cut short left `.NAME.checkpoint` beside `config.out`; the same run again continues from there. A
-    private run leaves nothing and is begun anew: what nobody saw has cost nothing.
+    private run leaves nothing and is begun anew: what nobody saw has cost nothing. Its ledger, if it has one, is asked
+    before the training and pays after it, before the adapter is written.
 
     Raises:
+        BudgetError: the ledger allows no such run; no adapter is written.
         InputError: `config.out` exists, another process trains it, a file is missing, or the data cannot be used.
         MismatchError: the base is not the family's, or the checkpoint is of another run.
         UnavailableError: the base must be fetched and cannot be, or the disk refuses.
@@ -60,11 +63,13 @@ def train_adapter(config: TrainRun, progress: Progress = silent) -> TrainedAdapt
     family = AdapterFamily.load(config.family)
     examples = _examples(config)
     plan = _plan(config, examples)
+    pay = payment_of(config, plan, examples)
     model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)
     checkpoints = config.out.parent / f".{config.out.name}.checkpoint"
     with alone(config.out):
         if plan is not None:
             result = train_private(model, tokenizer, family, examples, plan, config.dp_sgd, progress=progress)
+            pay()
         else:
             result = train_sft(
                 model, tokenizer, family, examples, config.sft, checkpoint_folder=checkpoints, progress=progress

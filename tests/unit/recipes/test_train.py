@@ -10,11 +10,13 @@ from filelock import FileLock
 from transformers import LlamaForCausalLM
 
 from treadle.configs.train import TrainRun
-from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
+from treadle.errors import BudgetError, ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
+from treadle.privacy.accounting import MechanismEvent
+from treadle.privacy.ledger import Budget, Ledger, ReleaseKey
 from treadle.recipes.train import train_adapter
 from treadle.toml import load_toml
 
@@ -260,6 +262,46 @@ def test_a_private_run_leaves_an_adapter_that_states_its_epsilon(root: Path, eps
     assert stored["data_sha256"] is None
     assert stored["settings"]["learning_rate"] == 0.5
     assert [path.name for path in (root / "adapters").iterdir() if "checkpoint" in path.name] == []
+
+
+def test_a_private_run_is_paid_for_before_its_adapter_is_written_and_refused_over_budget(root: Path) -> None:
+    ledger, told = Ledger.create(root / "silo.ledger"), list[str]()
+    table = f'[ledger]\npath = "{root}/silo.ledger"\ndata = "ward"'
+    config = private(root, more=table)
+    train_adapter(config)
+    assert 3.0 < ledger.spent("ward") <= 4.0  # by loss distributions, of noise that Rényi moments asked for
+    (ward,) = ledger.statements()
+    assert [(run.releases, run.repeated) for run in ward.runs] == [(1, 0)]
+    before = (root / "adapters" / "signs" / "adapter_model.safetensors").read_bytes()
+
+    again = config.model_copy(update={"overwrite": True})
+    with pytest.raises(BudgetError, match="data set 'ward': 3 steps with noise"):
+        train_adapter(again, lambda text, *_: told.append(text))
+    assert "private step" not in told  # not even trained
+    assert (root / "adapters" / "signs" / "adapter_model.safetensors").read_bytes() == before
+    assert ledger.statements() == (ward,)
+
+
+def test_an_adapter_that_cannot_be_paid_for_any_more_is_not_written(root: Path) -> None:
+    """Another run spends the budget while this one trains."""
+    ledger = Ledger.create(root / "silo.ledger")
+    config = private(root, more=f'[ledger]\npath = "{root}/silo.ledger"\ndata = "ward"')
+
+    def spends(text: str, done: int, of: int) -> None:
+        if (text, done) == ("private step", 3):
+            ledger.debit("ward", ReleaseKey("another", 1, "0" * 64), MechanismEvent(1.0, 1.0, 1))
+
+    ledger.register("ward", budget=Budget(4.0, 1e-3), source=root / "signs.jsonl")
+    with pytest.raises(BudgetError):
+        train_adapter(config, spends)
+    assert not (root / "adapters" / "signs").exists()
+
+
+def test_a_ledger_needs_a_promise_and_a_file(root: Path, configure: Configure) -> None:
+    with pytest.raises(ConfigError, match=r"\[ledger\] needs \[privacy\]"):
+        configure(sft='[ledger]\npath = "a"\ndata = "b"')
+    with pytest.raises(InputError, match="gone.ledger: "):
+        train_adapter(private(root, more=f'[ledger]\npath = "{root}/gone.ledger"\ndata = "ward"'))
 
 
 def test_the_digest_of_public_data_may_be_stated(root: Path) -> None:
