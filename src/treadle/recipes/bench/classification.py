@@ -65,9 +65,18 @@ def classifying_base(base: str, task: Task, *, work: Path, head_seed: int) -> Pa
     Raises:
         InputError: the task has no fixed labels.
     """
+    return trained_base(base, work, name=task.name, labels=labels_of(task), seed=head_seed)
+
+
+def labels_of(task: Task) -> list[str]:
+    """The task's labels.
+
+    Raises:
+        InputError: it has no fixed ones.
+    """
     if not isinstance(task.metric, LabelLikelihood):
         raise InputError("has no fixed labels", where=f"task {task.name}", remedy="choose a task of classification")
-    return trained_base(base, work, name=task.name, labels=list(task.metric.labels.values()), seed=head_seed)
+    return list(task.metric.labels.values())
 
 
 def trained_base(base: str, work: Path, *, name: str, labels: Sequence[str], seed: int) -> Path:

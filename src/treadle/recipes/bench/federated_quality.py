@@ -30,7 +30,7 @@ from treadle.models.loading import identity_of
 from treadle.privacy.noise import SeededRandomness
 from treadle.privacy.plan import Mechanism, PrivacySettings
 from treadle.progress import Progress, silent
-from treadle.recipes.bench.classification import Classification, classification, classifying_base
+from treadle.recipes.bench.classification import Classification, classification, classifying_base, labels_of
 from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
@@ -288,14 +288,20 @@ def _difference(
     gain: bool = False,
     least: float | None = None,
 ) -> Metric:
-    """FFA minus another arm, paired by seed: its goal is a mean of at least `least`, else about its 95% interval."""
+    """FFA minus another arm, paired by seed: its goal is a mean of at least `least`, else about its 95% interval.
+
+    Whether it holds is not said where neither arm can be told from guessing: that nothing equals nothing is no success.
+    """
     cell = config.cells[0]
-    less = _paired(found, (cell.task, cell.clients, cell.skew, epsilon), other)
+    place = (cell.task, cell.clients, cell.skew, epsilon)
+    less = _paired(found, place, other)
     goal = f">= {least:g}" if least is not None else "lower95 > 0" if gain else "upper95 >= 0"
     if not less:
         return Metric(float("nan"), "1", goal)
     interval = mean_interval(list(less.values()))
-    if set(less) < set(config.seeds):
+    chance = 1 / len(labels_of(load_task(cell.task)))
+    learns = any(mean_interval(list(found[*place, arm].values())).low > chance for arm in ("ffa", other))
+    if set(less) < set(config.seeds) or not learns:
         return Metric(interval.estimate, "1", goal)
     return Metric(interval.estimate, "1", goal, _holds(interval, gain=gain, least=least))
 
