@@ -5,6 +5,7 @@ starts      where they begin: zero, Gaussian, PiSSA, OLoRA
 acting      the model as a stage sees it: the ranks that it trains are a PEFT adapter, all others only act
 settings    what a stage is told
 rewards     what a completion is worth, by name
+mathematics whether two answers are equal
 supervised  a stage of SFT
 rollouts    a stage of GRPO
 hosting     arguments, records and checkpoints of both

@@ -1,7 +1,7 @@
 """What a completion is worth, by name: numbers in [0, 1], which a stage weighs and adds up.
 
 exact          its answer is the row's label, by the task's own metric
-math-verify    its answer equals the label as mathematics (library math-verify)
+math-verify    its answer equals the label as mathematics (library math-verify), found so within seconds
 integer        its answer is a whole number
 strict-format  it is <reasoning>, lines, </reasoning>, <answer>, lines, </answer> and nothing else
 soft-format    these four tags stand in it in this order
@@ -12,17 +12,17 @@ code           its program passes its unit tests, in a jail; only where the call
 Reference: arXiv 2507.20999 §4 names a reward for correctness and four for form.
 """
 
-import importlib
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 from treadle.data.metrics import Code, ExactMatch, Metric
 from treadle.data.prompts import Example
 from treadle.errors import ConfigError, TreadleError, UnavailableError, UnsupportedError
 from treadle.evaluation.execution import check_completion
+from treadle.train.stages.mathematics import Comparing
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -107,24 +107,16 @@ def _exact(judging: Judging) -> Reward:
 
 
 def _math_verify(judging: Judging) -> Reward:
-    """Parsed without the library's own clock, which counts by signals and so only works in a main thread."""
-    library = _library("math_verify", "math-verify")
+    if importlib.util.find_spec("math_verify") is None:
+        raise UnavailableError("math-verify is not installed", remedy="pip install 'treadle[rl]'")
     if not isinstance(judging.metric, ExactMatch):
         raise ConfigError("reward 'math-verify' needs a metric of kind 'exact-match'", remedy="add it to the data")
+    comparing = Comparing()
 
     def reward(rollout: Rollout) -> float:
-        gold = library.parse(f"${rollout.example.label}$", parsing_timeout=None)
-        answer = library.parse(_answer(rollout.text), parsing_timeout=None)
-        return float(bool(gold and answer and library.verify(gold, answer, timeout_seconds=None)))
+        return float(comparing.equal(f"${rollout.example.label}$", _answer(rollout.text)))
 
     return reward
-
-
-def _library(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UnavailableError(f"{package} is not installed", remedy="pip install 'treadle[rl]'") from error
 
 
 def _answer(text: str) -> str:

@@ -1,10 +1,14 @@
 """What completions are worth."""
 
+import time
+
 import pytest
 
 from treadle.data.metrics import Code, ExactMatch
 from treadle.data.prompts import Example
-from treadle.errors import ConfigError, UnsupportedError
+from treadle.errors import ConfigError, UnavailableError, UnsupportedError
+from treadle.train.stages import mathematics
+from treadle.train.stages.mathematics import Comparing
 from treadle.train.stages.rewards import REWARDS, Judging, Rollout, reward_of
 
 EXACT = ExactMatch("exact-match", max_new_tokens=9, extract=r"#### (-?[\d,]+)", first_line=False, ignore=",")
@@ -45,6 +49,20 @@ def worth(name: str, text: str, *, label: str = "7", tokens: int = 5, judging: J
 )
 def test_worth(name: str, text: str, value: float) -> None:
     assert worth(name, text) == value
+
+
+def test_answers_that_take_for_ever_are_worth_nothing_and_the_next_is_judged() -> None:
+    comparing = Comparing(seconds=2)
+    begin = time.monotonic()
+    assert not any(comparing.equal("$7$", tower) for tower in ("$9^{9^{9}}$", "$1000000!$", "$7^{999999999}$"))
+    assert comparing.equal("$7$", "$\\frac{14}{2}$")
+    assert time.monotonic() - begin < 60
+
+
+def test_a_comparison_that_cannot_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "_DRIVER", "import no_such_library")
+    with pytest.raises(UnavailableError, match="math-verify does not start"):
+        Comparing().equal("$7$", "$7$")
 
 
 def test_length_is_never_below_nothing() -> None:
