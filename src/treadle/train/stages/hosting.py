@@ -159,14 +159,15 @@ def following(hosting: Hosting, told: Told) -> Sequence[TrainerCallback]:
 
 
 def run_to_the_end(trainer: Trainer, hosting: Hosting, told: Told) -> None:
-    """Train, from the last whole checkpoint in the folder if there is one.
+    """Train, from the last whole checkpoint before the last step in the folder if there is one.
 
     Raises:
         TreadleError: a loss or a factor is not finite, or the trainer stopped before the last step.
         UnavailableError: a checkpoint cannot be written; the one before it stands.
     """
     trainer.remove_callback(PrinterCallback)
-    found = last_checkpoint(hosting.folder)
+    # The Trainer keeps one of the last step as well, and would make another step from it.
+    found = last_checkpoint(hosting.folder, below=trainer.args.max_steps)
     if found is not None:
         state = TrainerState.load_from_json(str(found / "trainer_state.json"))
         told.records[:] = [
@@ -212,10 +213,16 @@ def _writing(trainer: Trainer, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the Trainer's state is its last file."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def last_checkpoint(folder: Path, *, below: int | None = None) -> Path | None:
+    """The newest checkpoint that was written to its end, the Trainer's state being its last file; None without one.
+
+    Args:
+        folder: of the checkpoints.
+        below: only steps before this one count; None takes all.
+    """
+    found = {int(path.parent.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*/trainer_state.json")}
+    whole = [step for step, path in found.items() if (below is None or step < below) and _is_json(path)]
+    return found[max(whole)].parent if whole else None
 
 
 def _is_json(path: Path) -> bool:

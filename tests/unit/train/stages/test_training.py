@@ -16,6 +16,7 @@ from treadle.family.adapter import Adapter, Provenance
 from treadle.family.peft_format import read_tensors
 from treadle.train.stages import training
 from treadle.train.stages.settings import GrpoStage, SftStage
+from treadle.train.stages.state import Facts, Kept, keep
 from treadle.train.stages.training import Assigned, Partition, Plan, Run, System, train_in_stages
 
 WARM_UP = SftStage(learning_rate=0.05, steps=4, batch_size=8)
@@ -104,22 +105,48 @@ def test_the_same_run_again_is_read_and_another_is_refused(world: SimpleNamespac
         train_in_stages(run_of(world, folder, replace(RANKS, theta=0.7)))
 
 
-def test_a_killed_run_goes_on(world: SimpleNamespace, folder: Path) -> None:
-    whole = train_in_stages(run_of(world, folder / "whole"))
+STARTS: dict[str, Partition] = {
+    "ranks": RANKS,
+    "elements of both factors": replace(RANKS, granularity="element", start="pissa", moves_A=True, warm_up=None),
+}
 
-    class Killed(Exception):
-        pass
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_that_was_killed_within_a_stage_or_after_its_last_step_makes_the_same_factors(
+    world: SimpleNamespace, folder: Path, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SAVE_STEPS", 2)
+    world.systems = {name: replace(system, held_out=()) for name, system in world.systems.items()}
+    # At the rate of the last step, which "cosine" makes 0, one step more would be seen.
+    films = replace(SFT, stage=replace(SFT.stage, steps=3, schedule="constant"))
+    letters = replace(RL, stage=replace(RL.stage, kl=0.1, schedule="constant"))
+
+    def run(folder: Path) -> Run:
+        return run_of(world, folder, STARTS[start], (films, letters))
+
+    whole = train_in_stages(run(folder / "whole")).factors
+
+    def kill(description: str, done: int, total: int) -> None:
+        if description.startswith(at) and done == 3:
+            raise KeyboardInterrupt
+
+    def full(path: Path, found: Kept, facts: Facts) -> None:
+        if path.stem == at:
+            raise KeyboardInterrupt
+        keep(path, found, facts)
 
     for at in ("stage-1", "stage-2"):
-
-        def kill(description: str, done: int, total: int, at: str = at) -> None:
-            if description.startswith(at) and done == 2:
-                raise Killed
-
-        with pytest.raises(Killed):
-            train_in_stages(replace(run_of(world, folder / at), progress=kill))
-        again = train_in_stages(run_of(world, folder / at))
-        assert all(torch.equal(again.factors.lora_B[name], B) for name, B in whole.factors.lora_B.items())
+        with pytest.raises(KeyboardInterrupt):
+            train_in_stages(replace(run(folder / at), progress=kill))
+        assert [path.name for path in (folder / at / at).glob("checkpoint-*")] == ["checkpoint-2"]
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "keep", full)
+            with pytest.raises(KeyboardInterrupt):
+                train_in_stages(run(folder / at))
+        assert (folder / at / at / "checkpoint-3").is_dir()
+        again = train_in_stages(run(folder / at)).factors
+        assert all(torch.equal(again.lora_B[name], B) for name, B in whole.lora_B.items())
+        assert all(torch.equal(again.lora_A[name], A) for name, A in whole.lora_A.items())
 
 
 @pytest.mark.parametrize("change", ["rate", "rows", "metric"])
