@@ -4,7 +4,7 @@ family, base    proved to belong together
 systems         examples of each, by label; the last of them held out for accuracy
 training        `train_in_stages`: warm-up, importance, regions, stages; continued where a run was cut short
 ablations       if asked for, the same with one thing taken away
-adapter         a PEFT folder with its provenance; minds and regions beside it; then the state goes
+adapter         a PEFT folder with its provenance; minds and regions beside it, before it; then the state goes
 """
 
 import shutil
@@ -25,7 +25,7 @@ from treadle.errors import InputError
 from treadle.evaluation.answers import generated
 from treadle.family.adapter import Adapter, Provenance, package_versions
 from treadle.family.family import AdapterFamily
-from treadle.files import checked_name, refuse_existing
+from treadle.files import checked_name, refuse_existing, write_bytes
 from treadle.partition.region_files import save_regions
 from treadle.partition.regions import Regions
 from treadle.progress import Progress, silent
@@ -87,7 +87,8 @@ def train_adapter_in_stages(
         progress: told of every step.
 
     Raises:
-        InputError: `config.out` exists, another process trains it, or the data cannot be used.
+        InputError: `config.out`, a mind or the file of regions exists, another process trains it, or the data cannot
+            be used.
         MismatchError: the base is not the family's, or the state is of another run.
         UnavailableError: the base must be fetched and cannot be, TRL is not installed, or the disk refuses.
         TreadleError: training failed; see `train_in_stages`.
@@ -95,13 +96,18 @@ def train_adapter_in_stages(
     checked_name(config.name, where="key 'name'")
     names = {system: f"{config.name}-{system}" for system in config.systems} if config.minds else {}
     minds = {system: config.out.parent / f"{config.out.name}-{system}" for system in names}
-    for folder in (config.out, *minds.values()):
-        refuse_existing(folder, overwrite=config.overwrite)
+    state = config.out.parent / f".{config.out.name}.stages"
+    regions = config.out.parent / f"{config.out.name}.regions.safetensors"
+    begun = state / "results"
+    mine = config.overwrite or begun.exists()  # beside `out`, which is written last and ends the run
+    refuse_existing(config.out, overwrite=config.overwrite)
+    for folder in minds.values():
+        refuse_existing(folder, overwrite=mine)
+    if config.regions.granularity != "none":
+        refuse_existing(regions, overwrite=mine, kind="file")
     family = AdapterFamily.load(config.family)
     systems = {name: _system(name, data, seed=config.regions.seed) for name, data in config.systems.items()}
     model, tokenizer = loaded_base(family.base, config.base, device=config.device, progress=progress)
-    state = config.out.parent / f".{config.out.name}.stages"
-    regions = config.out.parent / f"{config.out.name}.regions.safetensors"
     plan = Plan(_partition(config.regions), _assigned(config.stages), config.look_steps, allow_code_execution)
     with alone(config.out):
         run = Run(model, tokenizer, family, systems, plan, state, progress)
@@ -111,14 +117,15 @@ def train_adapter_in_stages(
         answers = _answers(model, tokenizer, systems, result.factors)
         provenance = _provenance(config, family, systems, result)
         transposed = isinstance(model.get_submodule(next(iter(family.plan.modules))), Conv1D)
-        adapter = result.factors.adapter(family, config.name, provenance=provenance, transposed=transposed)
-        adapter.save(config.out, overwrite=config.overwrite)
+        write_bytes(begun, b"")
         if result.regions is not None:
             save_regions(result.regions, regions)
             for system, folder in minds.items():
                 mind = mind_of(result.factors, result.regions, system)
                 made = mind.adapter(family, names[system], provenance=provenance, transposed=transposed)
-                made.save(folder, overwrite=config.overwrite)
+                made.save(folder, overwrite=mine)
+        adapter = result.factors.adapter(family, config.name, provenance=provenance, transposed=transposed)
+        adapter.save(config.out, overwrite=config.overwrite)
         shutil.rmtree(state, ignore_errors=True)
     compared = [Ablated.of("this run", run, result), *others] if others else []
     return StagedAdapter(adapter, config.out, minds, regions if result.regions else None, result, answers, compared)

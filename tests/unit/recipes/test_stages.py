@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from treadle.cli.app import main
 from treadle.configs.stages import StagesRun, run_kind
 from treadle.configs.train import TrainRun
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, UnavailableError
 from treadle.family.adapter import Adapter
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
@@ -195,6 +195,30 @@ def test_an_ablation_that_was_cut_short_continues(
     assert [each["name"] for each in json.loads(capsys.readouterr().out)["ablations"]] == ["this run", "all"]
 
 
+def test_a_run_that_fails_as_it_writes_its_results_writes_them_when_it_is_run_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = Adapter.save
+    for failing in ("two-slow", "two"):
+
+        def full(self: Adapter, folder: Path, *, overwrite: bool = False, failing: str = failing) -> None:
+            if folder.name == failing:
+                raise UnavailableError("cannot write", where=folder, remedy="free space")
+            save(self, folder, overwrite=overwrite)
+
+        monkeypatch.setattr(Adapter, "save", full)
+        assert code(["train", str(root / "run.toml")]) == 1
+        assert (root / "two-fast").exists()
+        assert not (root / "two").exists()
+    monkeypatch.setattr(Adapter, "save", save)
+    assert code(["train", str(root / "run.toml")]) == 0
+    for folder in ("two", "two-fast", "two-slow"):
+        assert Adapter.load(root / folder).provenance.method == "lora-par"
+    assert not list(root.glob(".two.*stages"))
+    assert code(["train", str(root / "run.toml")]) == 2
+    assert "two: already exists" in capsys.readouterr().err
+
+
 def test_ablations_that_would_say_nothing_are_refused(root: Path) -> None:
     def refused(changes: dict[str, object], told: str) -> None:
         with pytest.raises(ConfigError, match=told):
@@ -276,10 +300,11 @@ def test_a_mistake_is_one_line_and_makes_nothing(root: Path, mistake: str, capsy
     assert not any((root / name).exists() for name in ("two", "two-fast", "two-slow"))
 
 
-def test_what_exists_is_not_replaced_unasked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "two-slow").mkdir()
+@pytest.mark.parametrize("there", ["two", "two-slow", "two.regions.safetensors"])
+def test_what_exists_is_not_replaced_unasked(root: Path, there: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / there).mkdir()
     assert code(["train", str(root / "run.toml")]) == 2
-    assert "two-slow: already exists" in capsys.readouterr().err
+    assert f"{there}: already exists" in capsys.readouterr().err
 
 
 def test_options_of_stages_are_refused_without_stages(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
