@@ -37,6 +37,20 @@ def refuse_existing(path: Path, *, overwrite: bool, kind: str = "folder") -> Non
         raise InputError("already exists", where=path, remedy=f"choose another out {kind} or set overwrite = true")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Return if `path` can be written as a file; asked before minutes of work, not after.
+
+    Raises:
+        InputError: it is a folder.
+        UnavailableError: the disk refuses (full, read-only).
+    """
+    if path.is_dir():
+        raise InputError("it is a folder", where=path, remedy="name a file")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, fsynced, renamed, so that it is never half a file.
 

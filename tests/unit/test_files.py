@@ -33,6 +33,18 @@ def test_write_bytes_makes_parents_and_replaces(tmp_path: Path) -> None:
     assert leftovers(path.parent) == []
 
 
+def test_what_cannot_be_written_is_refused_before_there_is_anything_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.refuse_unwritable(tmp_path / "a" / "page.html")
+    assert not list((tmp_path / "a").iterdir())
+    with pytest.raises(InputError, match="a: it is a folder; name a file"):
+        files.refuse_unwritable(tmp_path / "a")
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: full_disk())
+    with pytest.raises(UnavailableError, match=r"page\.html: cannot write \(No space left on device\); free space"):
+        files.refuse_unwritable(tmp_path / "page.html")
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "plan.json"

@@ -7,7 +7,19 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 
-Html = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page to this file.")]
+
+def _writable(page: Path | None) -> Path | None:
+    """The path, if a page can be written there once the work is done."""
+    from treadle.files import refuse_unwritable
+
+    if page is not None:
+        refuse_unwritable(page)
+    return page
+
+
+Html = Annotated[
+    Path | None, typer.Option("--html", callback=_writable, help="Write one self-contained page to this file.")
+]
 
 Base = Annotated[
     str | None,

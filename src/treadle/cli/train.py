@@ -56,10 +56,10 @@ def _in_stages(run: Path, allow_code_execution: bool, html: Path | None, *, json
     config = load_toml(run, StagesRun)
     with working(run) as progress:
         trained = train_adapter_in_stages(config, allow_code_execution=allow_code_execution, progress=progress)
+    show_stages(trained, json=json)  # before the page, whose failure must not cost what took hours
     if html is not None:
         from treadle.reports.pages import write_page
         from treadle.reports.stages import stages_page
 
         write_page(html, stages_page(trained, repeats=config.repeats))
         remark(f"page: {html}")
-    show_stages(trained, json=json)

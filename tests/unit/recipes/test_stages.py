@@ -21,6 +21,7 @@ from treadle.family.plan import RankPlan
 from treadle.partition.region_files import load_regions
 from treadle.recipes import stage_ablations
 from treadle.recipes.bank import AdapterPath, PublicSource, build_bank
+from treadle.reports import pages
 from treadle.toml import checked
 from treadle.train.stages.training import Run, Staged
 
@@ -217,6 +218,21 @@ def test_a_run_that_fails_as_it_writes_its_results_writes_them_when_it_is_run_ag
     assert not list(root.glob(".two.*stages"))
     assert code(["train", str(root / "run.toml")]) == 2
     assert "two: already exists" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_costs_no_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code(["train", str(root / "run.toml"), "--html", str(root)]) == 2
+    assert "it is a folder; name a file" in capsys.readouterr().err
+    assert not list(root.glob(".two*"))
+
+    def full(path: Path, page: str) -> None:
+        raise UnavailableError("cannot write", where=path, remedy="free space")
+
+    monkeypatch.setattr(pages, "write_page", full)
+    assert code(["train", str(root / "run.toml"), "--html", str(root / "two.html"), "--json"]) == 1
+    assert [part["name"] for part in json.loads(capsys.readouterr().out)["stages"]] == ["warm-up", "stage-1", "stage-2"]
 
 
 def test_ablations_that_would_say_nothing_are_refused(root: Path) -> None:
