@@ -153,7 +153,7 @@ class Asking:
         raise UnavailableError(f"the endpoint refuses ({trouble.reason})", remedy=remedy)
 
     def _rest(self, trouble: Trouble, pause: float) -> None:
-        """Wait before the next attempt: all threads if the endpoint says how long, else this one."""
+        """Wait before the next attempt: all threads, and no shorter, if the endpoint says how long, else this one."""
         longest = self._settings.longest_wait
         if trouble.after is not None and trouble.after > longest:
             raise UnavailableError(
@@ -161,7 +161,7 @@ class Asking:
                 remedy="run again then, or raise longest_wait",
             )
         if trouble.after is not None:
-            self._gate.pause(trouble.after)
+            self._gate.pause(max(trouble.after, min(pause, longest)))
         else:
             self._gate.sleep(min(pause, longest))
 

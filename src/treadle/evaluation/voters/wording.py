@@ -17,7 +17,7 @@ ROLE_PLAY = "role-play"
 
 _FIELDS = ("question", "answer", "target", "systems", "names")
 _SHOWN = 60
-_THOUGHT = re.compile(r"<think>.*?</think>", flags=re.DOTALL)
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", flags=re.DOTALL)  # a thought that was cut off has no end
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
@@ -140,7 +140,8 @@ def system_in(text: str, names: Sequence[str]) -> str | None:
     """The system that a reply votes for, None where it cannot be told.
 
     The first that decides: the last JSON object with a key "system"; the only name in the text; the only name in its
-    last line. Case, spaces and hyphens within a name do not matter, nor what stands in <think>…</think>.
+    last line. Case, spaces and hyphens within a name do not matter, nor what stands in <think>…</think>,
+    or after a <think> without its end.
     """
     said = _THOUGHT.sub("", text)
     for candidate in reversed(_OBJECT.findall(said)):

@@ -4,6 +4,7 @@ import email.utils
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -103,8 +104,6 @@ class TestAServerThatBehaves:
         assert len(chat_server.bodies) == 4
 
     def test_the_pace_is_kept(self, chat_server: SimpleNamespace, poll: Polls) -> None:
-        import time
-
         begin = time.monotonic()
         cast(chat_server, poll(4), requests_per_minute=1200.0, parallel=4)
         assert time.monotonic() - begin >= 3 * 60 / 1200
@@ -138,6 +137,16 @@ class TestTrouble:
         assert systems(found) == ["system2", "system2"]
         assert found.cost.requests == len(chat_server.bodies) == 3
         assert any(said in remark for remark in found.remarks)
+
+    def test_a_server_that_asks_for_no_wait_is_given_one(
+        self, chat_server: SimpleNamespace, reply: SimpleNamespace, poll: Polls
+    ) -> None:
+        chat_server.answer = lambda number, body: (
+            reply.raw(b"", status=503, headers={"Retry-After": "0"}) if number < 2 else reply.voting("system2")
+        )
+        begin = time.monotonic()
+        assert systems(cast(chat_server, poll(1), backoff=0.2, attempts=3)) == ["system2"]
+        assert time.monotonic() - begin >= 0.2 + 0.4
 
     def test_a_server_that_is_not_there_is_one_error(self, chat_server: SimpleNamespace, poll: Polls) -> None:
         with pytest.raises(UnavailableError, match=r"voter 'teacher': the endpoint does not answer \(no connection"):
