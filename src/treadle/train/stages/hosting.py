@@ -78,6 +78,7 @@ class _Following(TrainerCallback):
 
     def __init__(self, hosting: Hosting, told: Told) -> None:
         self._hosting, self._told = hosting, told
+        self._found: Mapping[str, float] = {}
 
     def on_log(
         self,
@@ -92,7 +93,7 @@ class _Following(TrainerCallback):
             return
         values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
         self._told.records.append(Record(state.global_step, values))
-        self._hosting.progress(_line(values), state.global_step, state.max_steps)
+        self._hosting.progress(_line(values, self._found), state.global_step, state.max_steps)
 
     def on_step_end(
         self,
@@ -106,14 +107,15 @@ class _Following(TrainerCallback):
         if look is None or every == 0:
             return
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            record = Record(state.global_step, dict(look(state.global_step)))
+            self._found = dict(look(state.global_step))  # shown from now on, since lines are fewer than steps
+            record = Record(state.global_step, self._found)
             self._told.records.append(record)
             state.log_history.append({"step": record.step, **record.values})  # kept with the next checkpoint
 
 
-def _line(values: Mapping[str, float]) -> str:
-    shown = [f"{name} {values[name]:.3f}" for name in ("loss", "reward", "frac_reward_zero_std") if name in values]
-    return ", ".join(shown) or "training"
+def _line(values: Mapping[str, float], found: Mapping[str, float]) -> str:
+    told = {name: values[name] for name in ("loss", "reward", "frac_reward_zero_std") if name in values}
+    return ", ".join(f"{name} {value:.3f}" for name, value in {**told, **found}.items()) or "training"
 
 
 def common_arguments(acting: Acting, stage: Stage, hosting: Hosting) -> dict[str, Any]:

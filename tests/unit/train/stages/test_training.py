@@ -1,5 +1,6 @@
 """Whole runs in stages: whose parameters move, what is kept, what comes out."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,13 +190,18 @@ def test_a_damaged_stage_is_named(world: SimpleNamespace, folder: Path) -> None:
 
 
 def test_accuracy_is_measured_between_stages(world: SimpleNamespace, folder: Path) -> None:
-    run = run_of(world, folder)
-    result = train_in_stages(replace(run, plan=replace(run.plan, look_steps=2)))
+    run, shown = run_of(world, folder), list[str]()
+    plan = replace(run.plan, look_steps=2)
+    result = train_in_stages(replace(run, plan=plan, progress=lambda what, done, total: shown.append(what)))
     assert list(result.accuracy) == ["before", "stage-1", "stage-2"]
     assert all(set(found) == {"films", "letters"} for found in result.accuracy.values())
     looks = [r for r in result.passed[1].records if "accuracy/films" in r.values]
     assert [look.step for look in looks] == [2, 4, 5]
     assert looks[-1].values["accuracy/films"] == result.accuracy["stage-1"]["films"]
+    lines = [line for line in shown if re.match("stage-1: loss", line)]
+    found = [None, *(look.values["accuracy/films"] for look in (looks[0], looks[0], looks[1], looks[2]))]
+    assert [("accuracy/films" in line) for line in lines] == [value is not None for value in found]
+    assert all(f"accuracy/films {value:.3f}" in line for value, line in zip(found[1:], lines[1:], strict=True))
 
 
 @pytest.mark.parametrize(
