@@ -14,6 +14,7 @@ that sets out to forge its own verdict can: judge models by it, not adversaries.
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -91,13 +92,37 @@ def run_program(source: str, *, allow_code_execution: bool = False, limits: Limi
     Raises:
         UnsupportedError: nobody has allowed it, or this system cannot make the jail; nothing has run.
     """
+    prove_jail(allow_code_execution=allow_code_execution)
+    return _run_program(source, limits or Limits())
+
+
+def prove_jail(*, allow_code_execution: bool = False) -> None:
+    """Return if programs run here, as one run of an empty one shows: all that fail after it fail by their own fault.
+
+    Raises:
+        UnsupportedError: see `run_program`.
+    """
     if not allow_code_execution:
         raise UnsupportedError(
             "generated code runs only by permission", remedy="pass --allow-code-execution if you accept the risk"
         )
     if sys.platform != "linux" or os.uname().machine not in ("x86_64", "aarch64"):
         raise UnsupportedError(f"no jail for {sys.platform}", remedy="run generated code on 64-bit Linux")
-    limits, word = limits or Limits(), secrets.token_hex(16)
+    _prove()
+
+
+@functools.cache
+def _prove() -> None:
+    empty = _run_program("", Limits(seconds=60))
+    if empty.status != "passed":
+        raise UnsupportedError(
+            f"this system makes no jail ({empty.stderr.strip() or 'no reason given'})",
+            remedy="allow unprivileged user namespaces, or run where root may make namespaces",
+        )
+
+
+def _run_program(source: str, limits: Limits) -> Execution:
+    word = secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
         root = stack.enter_context(tempfile.TemporaryDirectory(prefix="treadle-jail-"))
         out, err, verdict = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
@@ -106,12 +131,7 @@ def run_program(source: str, *, allow_code_execution: bool = False, limits: Limi
         ended = _run(command, source.encode("utf-8", "replace"), (out, err, verdict), limits.seconds)
         seconds = time.monotonic() - begin
         stdout, stderr, said = _head(out, limits.output_bytes), _head(err, limits.output_bytes), _head(verdict, 64)
-    if ended and not said.startswith("started\n"):
-        raise UnsupportedError(
-            f"this system makes no jail ({stderr.strip() or 'no reason given'})",
-            remedy="allow unprivileged user namespaces, or run where root may make namespaces",
-        )
-    status = "timeout" if not ended else "passed" if said == f"started\n{word}" else "failed"
+    status = "timeout" if not ended else "passed" if said == word else "failed"
     return Execution(status, stdout, stderr, seconds)
 
 
@@ -122,7 +142,6 @@ def _command(root: Path, word: str, verdict: int, limits: Limits) -> list[str]:
         "root": str(root),
         "shown": ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", str(Path(sys.base_prefix).resolve())],
         "disk": 64 * 2**20,
-        "verdict": verdict,
         "command": [interpreter, "-I", "-S", "-c", _DRIVER, str(verdict), word],
         "limits": {
             "RLIMIT_CPU": limits.cpu_seconds,

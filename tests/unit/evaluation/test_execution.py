@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from treadle.data.metrics import Code
 from treadle.data.prompts import Example
 from treadle.data.sources import read_rows
 from treadle.data.tasks import load_task
 from treadle.errors import InputError, UnsupportedError
 from treadle.evaluation import execution
 from treadle.evaluation.execution import Execution, Limits, check_completion, run_program
+from treadle.train.stages.rewards import Judging, reward_of
 
 ADD = Example(
     "",
@@ -262,12 +264,37 @@ def test_where_no_jail_can_be_made_nothing_runs(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(UnsupportedError, match="no jail for darwin"):
         run_program("", allow_code_execution=True)
     monkeypatch.undo()
+    execution._prove.cache_clear()
     trace = tmp_path / "trace"
     monkeypatch.setattr(execution, "_JAIL", tmp_path / "jail.py")
     (tmp_path / "jail.py").write_text("raise SystemExit('unshare: Operation not permitted')")
     with pytest.raises(UnsupportedError, match=r"makes no jail .unshare: Operation not permitted.; allow unprivileged"):
         run_program(f"open({str(trace)!r}, 'w')", allow_code_execution=True)
     assert not trace.exists()
+
+
+def test_where_no_program_would_run_to_its_end_none_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    jailed("")
+    monkeypatch.setattr(execution, "_DRIVER", "raise SystemExit('no interpreter here')")
+    assert run_program("", allow_code_execution=True).status == "failed"  # proved before: its own fault
+    execution._prove.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"makes no jail .no interpreter here.; allow unprivileged"):
+        run_program("", allow_code_execution=True)
+    with pytest.raises(UnsupportedError, match="makes no jail"):
+        reward_of("code", Judging(Code("code", max_new_tokens=9), allow_code_execution=True))
+
+
+def test_a_program_that_tampers_with_its_descriptors_ends_nobody_elses_run() -> None:
+    source = """
+import os
+for descriptor in range(3, 64):
+    try:
+        os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+    except OSError:
+        pass
+"""
+    assert jailed(source).status == "failed"
 
 
 @pytest.mark.parametrize("changes", [{"seconds": 0}, {"cpu_seconds": 0}, {"processes": 0}, {"memory_bytes": 2**20}])

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from treadle.data.metrics import Code, ExactMatch, Metric
 from treadle.data.prompts import Example
-from treadle.errors import ConfigError, TreadleError, UnavailableError, UnsupportedError
-from treadle.evaluation.execution import check_completion
+from treadle.errors import ConfigError, TreadleError, UnavailableError
+from treadle.evaluation.execution import check_completion, prove_jail
 from treadle.train.stages.mathematics import Comparing
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -129,10 +129,7 @@ def _code(judging: Judging) -> Reward:
     metric = judging.metric
     if not isinstance(metric, Code):
         raise ConfigError("reward 'code' needs a metric of kind 'code'", remedy="add it to the data")
-    if not judging.allow_code_execution:
-        raise UnsupportedError(
-            "generated code would have to run", remedy="pass --allow-code-execution if you trust the jail"
-        )
+    prove_jail(allow_code_execution=judging.allow_code_execution)
 
     def reward(rollout: Rollout) -> float:
         run = check_completion(rollout.example, metric.cut(rollout.text), allow_code_execution=True)

@@ -77,12 +77,11 @@ def test_code_runs_only_where_it_may() -> None:
 
 def test_code_is_worth_what_its_tests_say() -> None:
     example = Example("def double(x):\n", "", program=("def double(x):\n", "\nassert double(4) == 8\n"))
-    reward = reward_of("code", Judging(CODE, allow_code_execution=True))
     try:
-        good = reward(Rollout(example, "    return 2 * x\n", 6, 20))
+        reward = reward_of("code", Judging(CODE, allow_code_execution=True))
     except UnsupportedError:
         pytest.skip("this kernel refuses the jail")
-    assert good == 1.0
+    assert reward(Rollout(example, "    return 2 * x\n", 6, 20)) == 1.0
     assert reward(Rollout(example, "    return x\n", 6, 20)) == 0.0
 
 
