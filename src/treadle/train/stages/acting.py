@@ -85,7 +85,7 @@ def acting(model: PreTrainedModel, factors: Factors, trained: Mapping[str, Bool[
     """
     chosen = {name: row for name, row in trained.items() if bool(row.any())}
     if not chosen:
-        raise InputError("no rank is left to train", where="region", remedy="raise theta, alpha or beta")
+        raise InputError("no rank is left to train", where="region", remedy="raise theta or share")
     layers = adapted_layers(model, {name: row.shape for name, row in factors.plan.modules.items()})
     plan = RankPlan({name: _smaller(factors.plan.modules[name], int(row.sum())) for name, row in chosen.items()})
     transposed = isinstance(next(iter(layers.values())), Conv1D)

@@ -210,7 +210,7 @@ def train_in_stages(run: Run) -> Staged:
         run: its parts; `folder` holds its state, which is the caller's to remove once the result is safe.
 
     Raises:
-        InputError: a system has no example, or a stage nothing to train.
+        InputError: a system has no example, or a stage no parameter or no example to train; said before any stage.
         MismatchError: the folder's state is of another run.
         TreadleError: every importance is 0, a reward fails, or a loss is not finite.
     """
@@ -224,10 +224,10 @@ def train_in_stages(run: Run) -> Staged:
         factors, told = _part(run, first, factors, None, (WARM_UP, partition.warm_up, rows), facts)
         passed.append(told)
     regions = _regions(run, factors, facts) if partition.granularity != "none" else None
-    for number, assigned in enumerate(run.plan.stages, 1):
+    active = [_active(regions, stage, i) if regions else None for i, stage in enumerate(run.plan.stages, 1)]
+    for number, (assigned, region) in enumerate(zip(run.plan.stages, active, strict=True), 1):
         name = f"stage-{number}"
         facts = facts | assigned.decisive(number)
-        region = regions.active(assigned.system, assigned.share) if regions else None
         factors, told = _part(run, first, factors, region, (name, assigned.stage, assigned.system), facts)
         passed.append(told)
         accuracy[name] = _measured(run, factors)
@@ -248,6 +248,23 @@ def _check(run: Run) -> None:
         raise ConfigError(
             f"start = {partition.start!r} has B = 0, where every importance is 0", remedy="give it a warm-up"
         )
+
+
+def _active(regions: Regions, assigned: Assigned, number: int) -> Mask:
+    """What the run's stage of that number trains.
+
+    Raises:
+        InputError: nothing.
+    """
+    region, system = regions.active(assigned.system, assigned.share), assigned.system
+    if region.parameters == 0:
+        raise InputError(
+            f"stage {number} has no parameter to train: what {system} selected is shared, and share = "
+            f"{assigned.share:g} takes nothing of it",
+            where="region",
+            remedy="raise the stage's share",
+        )
+    return region
 
 
 def _measured(run: Run, factors: Factors) -> dict[str, float]:

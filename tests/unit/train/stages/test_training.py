@@ -15,6 +15,7 @@ from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.peft_format import read_tensors
+from treadle.partition.regions import Regions
 from treadle.train.stages import training
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.state import Facts, Kept, keep
@@ -222,6 +223,20 @@ def test_what_cannot_be_is_said_in_one_line(
     with pytest.raises(kind, match=told) as raised:
         train_in_stages(run_of(world, folder, **change))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("granularity", ["rank", "element"])
+def test_a_stage_without_a_parameter_is_refused_before_any_is_trained(
+    world: SimpleNamespace, folder: Path, granularity: str
+) -> None:
+    def alike(regions: Regions) -> Regions:
+        return replace(regions, selected=dict.fromkeys(regions.systems, regions.selected["films"]))
+
+    partition = replace(RANKS, granularity=granularity, control=alike)
+    with pytest.raises(InputError, match="stage 2 has no parameter to train: .* share = 0 takes nothing"):
+        train_in_stages(run_of(world, folder, partition, (SFT, replace(RL, share=0.0))))
+    assert not (folder / "stage-1").exists()
+    assert not (folder / "stage-1.safetensors").exists()
 
 
 def test_a_system_without_an_example_is_named(world: SimpleNamespace, folder: Path) -> None:
