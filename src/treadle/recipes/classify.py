@@ -122,8 +122,9 @@ def classify(config: ClassifyRun, progress: Progress = silent) -> Classified:
     ballots = {name: vote(progress) for name, vote in voters.items()}
     found = _counted(config, ballots, truth)
     _check_verdicts(config, found)
-    files.write_bytes(config.out, _labelled(config, rows, found))
+    labelled = _labelled(config, rows, found)
     files.write_json(config.summary, found.to_json())
+    files.write_bytes(config.out, labelled)
     return found
 
 
@@ -131,7 +132,8 @@ def _check_out(config: ClassifyRun) -> None:
     for path in (config.out, config.summary):
         if path.resolve() == Path(config.data.source).resolve():
             raise InputError("the labels would replace the data", where=path, remedy="choose another out file")
-        files.refuse_existing(path, overwrite=config.overwrite, kind="file")
+    # A summary without labels, which are written after it, is of a run that was cut short.
+    files.refuse_existing(config.out, overwrite=config.overwrite, kind="file")
 
 
 def _poll(config: ClassifyRun, rows: Sequence[Row]) -> Poll:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from treadle import files
 from treadle.cli.app import main
 from treadle.configs.classify import ClassifyRun
 from treadle.recipes.classify import classify
@@ -104,6 +105,24 @@ def test_the_summary_says_who_agreed_and_lists_every_disagreement(root: Path) ->
     assert summary["kappa"]["rows"] == 7
     assert (summary["data"], summary["missing_votes"]) == ("rows.jsonl", [])
     assert str(root) not in json.dumps(summary)
+
+
+def test_labels_are_never_without_their_summary(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = files.write_bytes
+    for failing in ("labelled.summary.json", "labelled.jsonl"):
+
+        def full(path: Path, content: bytes, failing: str = failing) -> None:
+            if path.name == failing:
+                raise KeyboardInterrupt
+            write(path, content)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "write_bytes", full)
+            with pytest.raises(KeyboardInterrupt):
+                classify(config(root))
+        assert not (root / "labelled.jsonl").exists()
+    classify(config(root))
+    assert (root / "labelled.jsonl").exists()
 
 
 def test_where_the_truth_is_known_the_summary_says_who_is_right(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ class Partition:
         samples: of each system, that importance is measured on; all of them where it has fewer.
         batch_size: of them in one pass.
         seed: of the start and the choice of samples.
-        control: what is done to the regions afterwards, such as shuffling them for an ablation.
+        control: what is done to the regions afterwards, such as shuffling them for an ablation; says so in their facts.
     """
 
     start: Start = "zero"
@@ -224,6 +224,8 @@ def train_in_stages(run: Run) -> Staged:
         factors, told = _part(run, first, factors, None, (WARM_UP, partition.warm_up, rows), facts)
         passed.append(told)
     regions = _regions(run, factors, facts) if partition.granularity != "none" else None
+    if regions is not None:
+        facts = {**facts, **regions.facts}  # what a control has done to them
     active = [_active(regions, stage, i) if regions else None for i, stage in enumerate(run.plan.stages, 1)]
     for number, (assigned, region) in enumerate(zip(run.plan.stages, active, strict=True), 1):
         name = f"stage-{number}"

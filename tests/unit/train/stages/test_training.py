@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.peft_format import read_tensors
-from treadle.partition.regions import Regions
+from treadle.partition.regions import Regions, shuffled
 from treadle.train.stages import training
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.state import Facts, Kept, keep
@@ -102,6 +103,9 @@ def test_the_same_run_again_is_read_and_another_is_refused(world: SimpleNamespac
         assert all(torch.equal(again.regions.selected[system].units[name], unit) for name, unit in selected.items())
     with pytest.raises(MismatchError, match="its theta is 0.8, this run's 0.7"):
         train_in_stages(run_of(world, folder, replace(RANKS, theta=0.7)))
+    control = replace(RANKS, control=partial(shuffled, seed=0))
+    with pytest.raises(MismatchError, match=r"stage-1.*: its shuffled is None, this run's 0"):
+        train_in_stages(run_of(world, folder, control, (SFT, short)))
     (folder / "warm-up.safetensors").unlink()
     with pytest.raises(MismatchError, match=r"regions\.safetensors: its theta is 0.8"):
         train_in_stages(run_of(world, folder, replace(RANKS, theta=0.7)))
