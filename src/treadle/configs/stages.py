@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from treadle.configs.train import SourceData, TaskData, TrainRun, kind_of_data
 from treadle.data.metrics import Code, ExactMatch
+from treadle.files import checked_name
 from treadle.partition.importance import SCORES, Score
 from treadle.toml import TomlTable, read_toml
 from treadle.train.stages.settings import GrpoStage, SftStage
@@ -147,6 +148,10 @@ class StagesRun(TomlTable):
 
     @model_validator(mode="after")
     def _sound(self) -> "StagesRun":
+        for name, system in self.systems.items():
+            checked_name(name)
+            if system.held_out and not _is_measured(system):
+                raise ValueError(f"systems.{name} holds rows out and has no metric to measure them by: add one")
         for place, stage in enumerate(self.stages):
             if stage.system not in self.systems:
                 known = ", ".join(self.systems)

@@ -93,8 +93,9 @@ def train_adapter_in_stages(
         UnavailableError: the base must be fetched and cannot be, TRL is not installed, or the disk refuses.
         TreadleError: training failed; see `train_in_stages`.
     """
-    checked_name(config.name, where="key 'name'")
     names = {system: f"{config.name}-{system}" for system in config.systems} if config.minds else {}
+    for name in (config.name, *names.values()):
+        checked_name(name, where="key 'name'")
     minds = {system: config.out.parent / f"{config.out.name}-{system}" for system in names}
     state = config.out.parent / f".{config.out.name}.stages"
     regions = config.out.parent / f"{config.out.name}.regions.safetensors"

@@ -246,7 +246,7 @@ def test_ablations_that_would_say_nothing_are_refused(root: Path) -> None:
     refused({"ablations": ["none"]}, "ablations")
     refused({"ablations": ["all"], "systems": unmeasured}, "set held_out and metric of a system")
     unjudged = {name: {key: value for key, value in data.items() if key != "metric"} for name, data in systems.items()}
-    refused({"ablations": ["all"], "systems": unjudged}, "set held_out and metric of a system")
+    refused({"systems": unjudged}, "systems.fast holds rows out and has no metric")
     refused(
         {"ablations": ["all"], "minds": False, "regions": {"granularity": "none"}}, "nothing to ablate but the order"
     )
@@ -297,6 +297,8 @@ MISTAKES = {
     "a start outside the family": ("theta = 0.8", 'start = "olora"', "makes an A of its own"),
     "minds of single elements": ("theta = 0.8", 'granularity = "element"', "minds are adapters of the family"),
     "all rows held out": ("held_out = 4", "held_out = 40", "rows are all held out"),
+    "a mind whose name is too long": ('name = "two"', f'name = "{60 * "t"}"', "key 'name': 't"),
+    "a system that cannot be a folder": ("[systems.slow]", '[systems."slow/er"]', "'slow/er' cannot be a name"),
     "one system": ("[regions]\ntheta", "[regions]\nsample = 4\ntheta", "key 'regions.sample'"),
     "no prompt short enough": ("group = 4", "group = 4\nmax_prompt_length = 1", "no example to roll out"),
     "a metric that is none": ('field = "label" }}\n\n[regions]', 'field = "label", fold = 1 }}\n\n[regions]', "metric"),

@@ -39,17 +39,8 @@ def train_by_rollouts(
         optimizer: over the acting parameters; None takes AdamW, as the Trainer would.
 
     Raises:
-        InputError: there are fewer examples than prompts in a step, of which the trainer would make no step at all.
         TreadleError: a reward fails or gives no finite number, or the loss is not finite.
     """
-    if not examples:
-        raise InputError("there is no example to roll out", where="stage", remedy="check labels and max_prompt_length")
-    if len(examples) < stage.prompts:
-        raise InputError(
-            f"{len(examples)} examples can be rolled out, fewer than prompts = {stage.prompts}",
-            where="stage",
-            remedy="lower prompts, raise max_prompt_length, or give more rows",
-        )
     told = Told()
     whole = stage.prompts * stage.group
     micro = stage.micro_batch or whole
@@ -84,8 +75,21 @@ def train_by_rollouts(
 
 
 def fitting(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], stage: GrpoStage) -> list[Example]:
-    """The examples whose prompt has at most `stage.max_prompt_length` tokens."""
-    return [e for e in examples if len(tokenizer(e.prompt)["input_ids"]) <= stage.max_prompt_length]
+    """The examples whose prompt has at most `stage.max_prompt_length` tokens.
+
+    Raises:
+        InputError: they are fewer than the prompts of a step, so that the trainer would make no step at all.
+    """
+    fit = [e for e in examples if len(tokenizer(e.prompt)["input_ids"]) <= stage.max_prompt_length]
+    if not fit:
+        raise InputError("there is no example to roll out", where="stage", remedy="check labels and max_prompt_length")
+    if len(fit) < stage.prompts:
+        raise InputError(
+            f"{len(fit)} examples can be rolled out, fewer than prompts = {stage.prompts}",
+            where="stage",
+            remedy="lower prompts, raise max_prompt_length, or give more rows",
+        )
+    return fit
 
 
 def _for_trl(name: str, reward: Reward, examples: Sequence[Example], stage: GrpoStage) -> Callable[..., list[float]]:

@@ -244,7 +244,11 @@ def _check(run: Run) -> None:
         if assigned.system not in run.systems:
             known = ", ".join(run.systems)
             raise InputError(f"no system {assigned.system!r}", where="stages", remedy=f"choose among {known}")
-        _rewards(run, assigned.stage, assigned.system)
+        if isinstance(assigned.stage, SftStage):
+            run.rows(assigned.system, assigned.stage.max_length)
+        else:
+            _rewards(run, assigned.stage, assigned.system)
+            fitting(run.tokenizer, run.systems[assigned.system].examples, assigned.stage)
     partition = run.plan.partition
     if partition.granularity != "none" and partition.start in WITHOUT_IMPORTANCE and partition.warm_up is None:
         raise ConfigError(
@@ -357,10 +361,10 @@ def _trained(
     return told.records, len(system.examples) - len(fit)
 
 
-def _rewards(run: Run, stage: Stage, system: str) -> dict[str, Reward]:
-    """The stage's rewards by name; none of a supervised one."""
+def _rewards(run: Run, stage: GrpoStage, system: str) -> dict[str, Reward]:
+    """The stage's rewards by name."""
     judging = Judging(run.systems[system].metric, run.plan.allow_code_execution)
-    return {name: reward_of(name, judging) for name in stage.rewards} if isinstance(stage, GrpoStage) else {}
+    return {name: reward_of(name, judging) for name in stage.rewards}
 
 
 def _ranks(factors: Factors, region: Mask | None) -> Mapping[str, torch.Tensor]:

@@ -270,17 +270,21 @@ def test_completions_that_are_all_equal_teach_nothing_and_are_told(world: Simple
 
 def test_without_examples_there_is_no_stage(world: SimpleNamespace, folder: Path) -> None:
     factors = started(world.model, world.family, "zero", moves_A=False)
-    with acting(world.model, factors, all_ranks(factors)) as now:
-        with pytest.raises(InputError, match="no example to train on"):
-            train_supervised(now, world.tokenizer, [], SFT, Hosting(folder))
-        with pytest.raises(InputError, match="no example to roll out"):
-            train_by_rollouts(now, world.tokenizer, [], {}, GRPO, Hosting(folder))
+    with (
+        acting(world.model, factors, all_ranks(factors)) as now,
+        pytest.raises(InputError, match="no example to train on"),
+    ):
+        train_supervised(now, world.tokenizer, [], SFT, Hosting(folder))
+    with pytest.raises(InputError, match="no example to roll out"):
+        fitting(world.tokenizer, [], GRPO)
 
 
 def test_fewer_examples_than_prompts_are_refused_and_make_no_empty_stage(world: SimpleNamespace, folder: Path) -> None:
     films = world.systems["films"]
     world.systems["films"] = System(films.examples[:3], (), films.metric)
     with pytest.raises(InputError, match="3 examples can be rolled out, fewer than prompts = 4"):
+        fitting(world.tokenizer, world.systems["films"].examples, replace(GRPO, prompts=4))
+    with pytest.raises(TreadleError, match="the trainer stopped after 0 of 6 steps"):
         ours(world, replace(GRPO, prompts=4), Hosting(folder))
 
 

@@ -218,6 +218,8 @@ def test_accuracy_is_measured_between_stages(world: SimpleNamespace, folder: Pat
         ({"stages": (replace(SFT, share=1.1),)}, ConfigError, "share is 1.1"),
         ({"stages": (replace(SFT, system="dreams"),)}, InputError, "no system 'dreams'"),
         ({"stages": (Assigned("letters", replace(RL.stage, max_prompt_length=2)),)}, InputError, "no example to roll"),
+        ({"stages": (SFT, replace(RL, stage=replace(RL.stage, prompts=25)))}, InputError, "fewer than prompts = 25"),
+        ({"stages": (replace(SFT, stage=replace(SFT.stage, max_length=2)),)}, InputError, "alone has 2 tokens of 2"),
         ({"stages": (Assigned("letters", replace(RL.stage, rewards={"luck": 1.0})),)}, ConfigError, "no reward"),
     ],
 )
@@ -227,6 +229,7 @@ def test_what_cannot_be_is_said_in_one_line(
     with pytest.raises(kind, match=told) as raised:
         train_in_stages(run_of(world, folder, **change))
     assert "\n" not in str(raised.value)
+    assert not (folder / "warm-up.safetensors").exists() or "theta" in told or "share" in told  # they shape regions
 
 
 @pytest.mark.parametrize("granularity", ["rank", "element"])
