@@ -306,6 +306,19 @@ def test_the_reference_of_kl_asks_a_frozen_A_for_no_gradient(world: SimpleNamesp
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)  # float32; with A's gradients it is hundreds of times as large
 
 
+def test_from_pissa_the_reference_is_the_start_and_the_base_stays(world: SimpleNamespace, folder: Path) -> None:
+    base = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
+    factors = started(world.model, world.family, "pissa", moves_A=True)
+    examples = world.systems["films"].examples
+    with acting(world.model, factors, all_ranks(factors)) as now:
+        rewards = {name: reward_of(name, Judging(world.systems["films"].metric)) for name in GRPO.rewards}
+        told = train_by_rollouts(now, world.tokenizer, examples, rewards, replace(GRPO, steps=3), Hosting(folder))
+    kl = [record.values["kl"] for record in told.records]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)  # float32: the reference multiplies its factors apart from the start's
+    assert min(kl[1:]) > 1e-4
+    assert all(torch.equal(tensor, base[name]) for name, tensor in world.model.state_dict().items())
+
+
 def test_a_constant_rate_rises_first(world: SimpleNamespace, folder: Path) -> None:
     _, told = ours(world, replace(SFT, schedule="constant", warmup=0.5), Hosting(folder))
     rates = [record.values["learning_rate"] for record in told.records]
