@@ -1,7 +1,7 @@
 """How much every element or rank of an adapter matters to a set of samples, from their gradients one by one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -56,6 +56,20 @@ class Measured:
     second: Mapping[str, Float64[Tensor, "blocks *unit"]]
     values: Mapping[str, Tensor]
     sizes: Mapping[str, int]
+
+    def unfolded(self, scalings: Mapping[str, float]) -> "Measured":
+        """The sums of lora_B, where s·lora_B was measured: gradients times s, values over s. Ranks' stay.
+
+        Args:
+            scalings: module → s = alpha/r.
+        """
+        factors = {name: scalings[module_of(name)] if name.endswith("/lora_B") else 1.0 for name in self.first}
+        return replace(
+            self,
+            first={name: factors[name] * first for name, first in self.first.items()},
+            second={name: factors[name] ** 2 * second for name, second in self.second.items()},
+            values={name: value / factors[name] for name, value in self.values.items()},
+        )
 
 
 @dataclass(frozen=True)

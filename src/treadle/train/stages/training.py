@@ -442,7 +442,7 @@ def _sums(run: Run, factors: Factors, system: str) -> Measured:
         others_acting(run.model, factors, all_ranks(factors)),
         trainable_factors(run.model, factors.lora_A, folded, train_A=moving, train_B=names) as (lora_A, lora_B),
     ):
-        return measure(
+        measured = measure(
             lambda places: mean_losses(run.model, [(rows[i].prompt, rows[i].target) for i in places]).sum(),
             batches,
             lora_A=lora_A,
@@ -450,3 +450,4 @@ def _sums(run: Run, factors: Factors, system: str) -> Measured:
             granularity=partition.granularity,
             progress=_labelled(run.progress, system),
         )
+    return measured.unfolded({name: factors.scaling(name) for name in names})

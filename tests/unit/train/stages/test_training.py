@@ -1,6 +1,7 @@
 """Whole runs in stages: whose parameters move, what is kept, what comes out."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,14 @@ from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, MismatchError, TreadleError
 from treadle.family.adapter import Adapter, Provenance
 from treadle.family.peft_format import read_tensors
+from treadle.partition.importance import Score, importance
 from treadle.partition.regions import Regions, shuffled
+from treadle.train.objectives import mean_losses
+from treadle.train.rows import shuffled as shuffled_rows
 from treadle.train.stages import training
+from treadle.train.stages.acting import acting, all_ranks
 from treadle.train.stages.settings import GrpoStage, SftStage
+from treadle.train.stages.starts import started
 from treadle.train.stages.state import Facts, Kept, keep
 from treadle.train.stages.training import Assigned, Partition, Plan, Run, System, train_in_stages
 
@@ -230,6 +236,40 @@ def test_what_cannot_be_is_said_in_one_line(
         train_in_stages(run_of(world, folder, **change))
     assert "\n" not in str(raised.value)
     assert not (folder / "warm-up.safetensors").exists() or "theta" in told or "share" in told  # they shape regions
+
+
+def test_importance_is_that_of_the_parameters_that_train(world: SimpleNamespace, folder: Path) -> None:
+    partition = Partition(start="pissa", moves_A=True, granularity="element", samples=4)
+    run = run_of(world, folder, partition)
+    factors = started(world.model, world.family, "pissa", moves_A=True)
+    measured = training._sums(run, factors, "films")
+    rows = run.rows("films", 512)
+    chosen = shuffled_rows(len(rows), partition.seed, "importance/films")[:4]
+    first, second = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    with acting(world.model, factors, all_ranks(factors)) as now:
+        world.model.eval()
+        for i in chosen:
+            now.model.zero_grad()
+            mean_losses(world.model, [(rows[i].prompt, rows[i].target)]).sum().backward()
+            for side, parts in (("lora_A", now.lora_A), ("lora_B", now.lora_B)):
+                for module, part in parts.items():
+                    assert factors.scaling(module) != 1.0
+                    assert part.grad is not None
+                    name, grad = f"{module}/{side}", part.grad.double()
+                    first[name] = first.get(name, 0.0) + grad / 4
+                    second[name] = second.get(name, 0.0) + grad.square() / 4
+    values = {f"{module}/lora_A": A.double() for module, A in factors.lora_A.items()}
+    values |= {f"{module}/lora_B": B.double() for module, B in factors.lora_B.items()}
+    wanted: dict[Score, Callable[[str], torch.Tensor]] = {
+        "gradient": lambda name: first[name].abs(),
+        "fisher": lambda name: second[name],
+        "printed": lambda name: first[name].abs() * second[name],
+        "taylor": lambda name: (first[name] * values[name] - 0.5 * second[name] * values[name].square()).abs(),
+    }
+    for score, of in wanted.items():
+        for name, unit in importance(measured, score).units.items():
+            # float32 gradients, one by one here and in a batch there
+            assert_close(unit, of(name), rtol=1e-3, atol=1e-4 * float(of(name).max()))
 
 
 @pytest.mark.parametrize("granularity", ["rank", "element"])
