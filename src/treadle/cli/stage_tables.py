@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 from treadle.cli.console import print_json, print_table, remark, say
 from treadle.evaluation.intervals import Interval
+from treadle.partition.overlap import samples_needed
+from treadle.partition.regions import Regions
 from treadle.recipes.stages import StagedAdapter
 from treadle.train.stages.training import Passed
 
@@ -22,6 +24,7 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
                 "family": trained.adapter.family,
                 "minds": {system: str(folder) for system, folder in trained.minds.items()},
                 "regions": trained.regions,
+                "overlaps": [] if result.regions is None else _overlaps(result.regions),
                 "stages": [_part(part) for part in result.passed],
                 "accuracy": result.accuracy,
                 "ablations": [asdict(each) for each in trained.ablations],
@@ -47,9 +50,9 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
                 for each in trained.ablations
             ],
         )
-    for (one, other), floor in ({} if result.regions is None else result.regions.floors).items():
-        if floor.floor <= floor.between:
-            remark(f"{floor.samples} samples do not tell {one} from {other}: raise regions.samples")
+    for (one, other), rows in ({} if result.regions is None else result.regions.floors).items():
+        if samples_needed(rows) is None:
+            remark(f"{rows[-1].samples} samples do not tell {one} from {other}: raise regions.samples")
     for part in result.passed:
         if part.left_out:
             remark(f"{part.name}: {part.left_out} examples have too long a prompt: raise max_prompt_length")
@@ -57,6 +60,18 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
 
 def _shown(found: Interval) -> str:
     return f"{found.estimate:.3f} ({found.low:.2f}–{found.high:.2f})"
+
+
+def _overlaps(regions: Regions) -> list[dict[str, object]]:
+    return [
+        {
+            "systems": [one, other],
+            "overlap": regions.overlap(one, other),
+            "growth": [asdict(row) for row in rows],
+            "samples_needed": samples_needed(rows),
+        }
+        for (one, other), rows in regions.floors.items()
+    ]
 
 
 def _curve(part: Passed) -> tuple[str, list[float]]:

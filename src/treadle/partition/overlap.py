@@ -72,13 +72,13 @@ def growth(first: Measured, second: Measured, theta: float, *, score: Score = "t
     return tuple(_overlap(first, second, theta, score, width) for width in range(1, _blocks(first) // 2 + 1))
 
 
-def samples_needed(rows: Sequence[Overlap], *, floor: float) -> int | None:
+def samples_needed(rows: Sequence[Overlap], *, floor: float = 0.0) -> int | None:
     """The fewest samples a draw from which on the systems' overlap with themselves is at least `floor` and above
     that between them; None if no row is reached.
 
     Args:
         rows: as `growth` gives them.
-        floor: a Jaccard index in [0, 1].
+        floor: a Jaccard index in [0, 1]; at 0 it only has to be above that between them.
     """
     needed: int | None = None
     for row in reversed(rows):

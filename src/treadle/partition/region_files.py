@@ -47,7 +47,7 @@ def save_regions(regions: Regions, path: Path) -> None:
             "shared": regions.shared.parameters,
             **{f"only {system}": regions.own(system).parameters for system in regions.systems},
         },
-        "floors": [{"systems": list(pair), **asdict(floor)} for pair, floor in regions.floors.items()],
+        "floors": [{"systems": list(pair), **asdict(floor)} for pair, rows in regions.floors.items() for floor in rows],
         "sizes": dict(first.sizes),
         "facts": dict(regions.facts),
     }
@@ -99,7 +99,10 @@ def _regions(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Reg
     }
     selected = {s: Mask(stored(s, "selected", torch.bool), importances[s].sizes) for s in samples}
     theta = float(cast("float", header["theta"]))
-    return Regions(theta, importances, selected, cast("Facts", facts), dict(map(_floor, _rows(header["floors"]))))
+    floors: dict[tuple[str, str], tuple[Overlap, ...]] = {}
+    for pair, floor in map(_floor, _rows(header["floors"])):
+        floors[pair] = (*floors.get(pair, ()), floor)
+    return Regions(theta, importances, selected, cast("Facts", facts), floors)
 
 
 def _rows(listed: object) -> list[dict[str, object]]:

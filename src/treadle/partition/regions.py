@@ -48,15 +48,18 @@ class Regions:
         importances: system → importance of every unit, in the systems' order.
         selected: system → the units that it selected.
         facts: what is known of their making.
-        floors: pair of systems → how far halves of their samples agree, within a system and between the two; what
-            the overlap of the pair is to be read beside. Empty where importance alone was given.
+        floors: pair of systems → how far draws of their samples agree, within a system and between the two, for
+            growing draws up to half of the samples; what the overlap of the pair is to be read beside. Empty where
+            importance alone was given.
     """
 
     theta: float
     importances: Mapping[str, Importance]
     selected: Mapping[str, Mask]
     facts: Facts
-    floors: Mapping[tuple[str, str], Overlap] = field(default_factory=dict[tuple[str, str], Overlap])
+    floors: Mapping[tuple[str, str], tuple[Overlap, ...]] = field(
+        default_factory=dict[tuple[str, str], tuple[Overlap, ...]]
+    )
 
     @classmethod
     def measured(
@@ -76,7 +79,7 @@ class Regions:
         """
         regions = cls.of({s: importance(sums, score) for s, sums in found.items()}, theta=theta, facts=facts)
         pairs = combinations(found, 2)
-        return replace(regions, floors={(a, b): growth(found[a], found[b], theta, score=score)[-1] for a, b in pairs})
+        return replace(regions, floors={(a, b): growth(found[a], found[b], theta, score=score) for a, b in pairs})
 
     @classmethod
     def of(cls, importances: Mapping[str, Importance], *, theta: float, facts: Facts | None = None) -> "Regions":

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
+from treadle.partition.overlap import samples_needed
+from treadle.partition.regions import Regions
 from treadle.recipes.stages import StagedAdapter
 from treadle.reports.charts import colours, legend, line_chart
 from treadle.reports.pages import rendered
@@ -33,7 +35,7 @@ def stages_page(trained: StagedAdapter, *, repeats: str | None = None) -> str:
             "name": trained.adapter.name,
             "in_family": trained.adapter.family is not None,
             "figures": figures,
-            "overlaps": _overlaps(trained),
+            "overlaps": [] if regions is None else _overlaps(regions),
             "regions": None if regions is None else region_map(regions),
             "importance": [] if regions is None else [(s, importance_map(regions, s)) for s in regions.systems],
             "parts": [
@@ -59,15 +61,23 @@ def _ours(result: Staged) -> list[tuple[str, list[str]]]:
     return [(system, [f"{100 * found[system]:.2f}" for found in (measured[0], measured[-1])]) for system in measured[0]]
 
 
-def _overlaps(trained: StagedAdapter) -> list[tuple[str, str, str, str, int]]:
-    """(a system, another, their overlap, what noise alone leaves, from how many samples)."""
-    regions = trained.result.regions
-    if regions is None:
-        return []
-    return [
-        (one, other, f"{floor.between:.2f}", f"{floor.floor:.2f}", floor.samples)
-        for (one, other), floor in regions.floors.items()
-    ]
+def _overlaps(regions: Regions) -> list[dict[str, object]]:
+    """For every pair of systems what their regions share, what draws of the samples do, and whether that says much."""
+    found: list[dict[str, object]] = []
+    for (one, other), rows in regions.floors.items():
+        needed = samples_needed(rows)
+        found.append(
+            {
+                "one": one,
+                "other": other,
+                "overlap": f"{regions.overlap(one, other):.0%}",
+                "told": f"Even draws of {rows[-1].samples} samples do not tell them apart."
+                if needed is None
+                else f"Draws of {needed} samples or more tell them apart.",
+                "rows": [(row.samples, f"{row.first:.2f}", f"{row.second:.2f}", f"{row.between:.2f}") for row in rows],
+            }
+        )
+    return found
 
 
 def _charts(part: Passed) -> list[tuple[Markup, Markup]]:

@@ -116,29 +116,29 @@ def test_floors_are_those_of_every_pair_of_systems(net_of: Callable[..., Any]) -
     }
     regions = Regions.measured(found, theta=0.8, score="gradient")
     assert list(regions.floors) == [("a", "b"), ("a", "c"), ("b", "c")]
-    for (one, other), floor in regions.floors.items():
-        assert floor == growth(found[one], found[other], 0.8, score="gradient")[-1]
-        assert floor.first == split_half(found[one], 0.8, score="gradient")
-        assert floor.samples == 2
+    for (one, other), rows in regions.floors.items():
+        assert rows == growth(found[one], found[other], 0.8, score="gradient")
+        assert rows[-1].first == split_half(found[one], 0.8, score="gradient")
+        assert [row.samples for row in rows] == [1, 2]
     assert {found.score for found in regions.importances.values()} == {"gradient"}
 
 
 def test_regions_of_elements_come_back_from_their_file(net_of: Callable[..., Any], tmp_path: Path) -> None:
-    net, found = net_of(), {}
-    for system, numbers in (("system1", [0, 1, 2]), ("system2", [3, 4, 5])):
-        found[system] = measure(net.loss, [numbers], lora_A=net.lora_A, lora_B=net.lora_B)
+    net, found = net_of(8), {}
+    for system, numbers in (("system1", [0, 1, 2, 3]), ("system2", [4, 5, 6, 7])):
+        found[system] = measure(net.loss, [numbers], lora_A=net.lora_A, lora_B=net.lora_B, blocks=4)
     regions = Regions.measured(found, theta=0.9, facts={"seed": 0, "data": "ab" * 32})
     path = tmp_path / "regions.safetensors"
     save_regions(regions, path)
     loaded = load_regions(path)
     assert (loaded.theta, loaded.facts, loaded.systems) == (0.9, regions.facts, regions.systems)
     assert loaded.floors == regions.floors
-    assert list(loaded.floors) == [("system1", "system2")]
+    assert [(pair, len(rows)) for pair, rows in loaded.floors.items()] == [(("system1", "system2"), 2)]
     for system in regions.systems:
         before, after = regions.active(system, 0.5), loaded.active(system, 0.5)
         assert before.lora_A.keys() == after.lora_A.keys() == net.lora_A.keys()
         assert all(torch.equal(before.units[name], after.units[name]) for name in before.units)
-        assert loaded.importances[system].samples == 3
+        assert loaded.importances[system].samples == 4
     header = json.loads(safe_open(path, framework="pt").metadata()["regions"])
     assert header["parameters"]["all"] == sum(f.numel() for f in (*net.lora_A.values(), *net.lora_B.values()))
     assert header["parameters"]["shared"] == regions.shared.parameters

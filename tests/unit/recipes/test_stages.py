@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -120,9 +120,20 @@ def test_a_run_makes_an_adapter_its_minds_its_regions_and_its_page(
         mind, chosen = Adapter.load(root / f"two-{system}"), regions.selected[system].ranks
         for name, B in made.lora_B.items():
             assert torch.equal(mind.lora_B[name], B * chosen[name])
+    parts = [regions.own("fast"), regions.own("slow"), regions.shared]
+    parts.append(~(parts[0] | parts[1] | parts[2]))
+    for name, B in made.lora_B.items():
+        assert torch.equal(
+            sum(B * part.ranks[name] for part in parts), B
+        )  # every rank is of one region, and of one only
     page = (root / "two.html").read_text()
     assert "question w" in page
-    assert "Jaccard" in page
+    (shares,) = told["overlaps"]
+    assert (shares["systems"], shares["overlap"]) == (["fast", "slow"], regions.overlap("fast", "slow"))
+    assert [row["samples"] for row in shares["growth"]] == [1, 3, 4, 6]  # of twelve in eight blocks
+    assert shares["growth"] == [asdict(row) for row in regions.floors["fast", "slow"]]
+    assert f"share {regions.overlap('fast', 'slow'):.0%} of what either selected" in page
+    assert len(re.findall(r"<tr><td class=.number.>\d+</td>", page)) == 4
     cells = [f"{100 * told['accuracy'][stage]['slow']:.2f}" for stage in ("stage-1", "stage-2")]
     ours = re.search("<th>this run, slow</th>(.*)</tr>", page)
     assert ours is not None

@@ -51,6 +51,7 @@ from treadle.train.unchanged import eval_mode
 WARM_UP = "warm-up"
 _SAVE_STEPS = 50
 _ALL = 1 << 30
+_BLOCKS = 8  # of a system's samples: four rows of growing draws
 _OF = "facts.json"
 
 
@@ -80,7 +81,7 @@ class Partition:
         granularity: of the regions; "none" trains everything in every stage.
         score: of importance.
         theta: share of its importance that a system selects, in (0, 1].
-        samples: of each system, that importance is measured on; all of them where it has fewer.
+        samples: of each system, that importance is measured on; where one has fewer, as many of each as that one has.
         batch_size: of them in one pass.
         seed: of the start and the choice of samples.
         control: what is done to the regions afterwards, such as shuffling them for an ablation; says so in their facts.
@@ -431,7 +432,9 @@ def _sums(run: Run, factors: Factors, system: str) -> Measured:
     partition = run.plan.partition
     assert partition.granularity != "none"
     rows = run.rows(system, _longest(run, system))
-    chosen = shuffled(len(rows), partition.seed, f"importance/{system}")[: partition.samples]
+    # As many of every system: draws of unequal size could not be told from systems that differ.
+    count = min(partition.samples, *(len(each.examples) for each in run.systems.values()))
+    chosen = shuffled(len(rows), partition.seed, f"importance/{system}")[:count]
     order = sorted(chosen, key=lambda place: rows[place].tokens)
     size = partition.batch_size
     batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
@@ -448,6 +451,7 @@ def _sums(run: Run, factors: Factors, system: str) -> Measured:
             lora_A=lora_A,
             lora_B=lora_B,
             granularity=partition.granularity,
+            blocks=max(2, min(_BLOCKS, count - count % 2)),
             progress=_labelled(run.progress, system),
         )
     return measured.unfolded({name: factors.scaling(name) for name in names})

@@ -272,6 +272,15 @@ def test_importance_is_that_of_the_parameters_that_train(world: SimpleNamespace,
             assert_close(unit, of(name), rtol=1e-3, atol=1e-4 * float(of(name).max()))
 
 
+def test_as_many_samples_of_every_system_are_drawn_in_blocks(world: SimpleNamespace, folder: Path) -> None:
+    letters = world.systems["letters"]
+    world.systems["letters"] = replace(letters, examples=letters.examples[:10])
+    factors = started(world.model, world.family, "pissa", moves_A=False)
+    for samples, counts in ((16, (2, 1, 1, 1, 2, 1, 1, 1)), (5, (2, 1, 1, 1))):
+        run = run_of(world, folder, Partition(start="pissa", samples=samples))
+        assert [training._sums(run, factors, system).samples for system in world.systems] == [counts, counts]
+
+
 @pytest.mark.parametrize("granularity", ["rank", "element"])
 def test_a_stage_without_a_parameter_is_refused_before_any_is_trained(
     world: SimpleNamespace, folder: Path, granularity: str
