@@ -1,4 +1,4 @@
-"""What a run of stages made, as tables for people and as JSON for programs.
+"""What a run of stages made, and its regions, as tables for people and as JSON for programs.
 
 Imported inside the command, since the recipe's types bring torch with them.
 """
@@ -60,6 +60,33 @@ def show_stages(trained: StagedAdapter, *, json: bool) -> None:
 
 def _shown(found: Interval) -> str:
     return f"{found.estimate:.3f} ({found.low:.2f}–{found.high:.2f})"
+
+
+def show_regions(name: str, regions: Regions, *, json: bool) -> None:
+    """Print which parameters of which modules are whose."""
+    modules, first = regions.modules(), next(iter(regions.importances.values()))
+    told = {
+        "theta": regions.theta,
+        "granularity": first.granularity,
+        "score": first.score,
+        "samples": {system: found.samples for system, found in regions.importances.items()},
+    }
+    if json:
+        content = {"name": name, **told, "facts": regions.facts, "overlaps": _overlaps(regions)}
+        print_json({**content, "modules": {module: asdict(shares) for module, shares in modules.items()}})
+        return
+    columns = [f"{system} only" for system in regions.systems]
+    rows = [
+        [module, *(f"{count / each.parameters:.0%}" for count in (*each.own.values(), each.shared)), each.parameters]
+        for module, each in modules.items()
+    ]
+    print_table(f"{name}: regions of {first.granularity}s", ["module", *columns, "shared", "parameters"], rows)
+    for (one, other), draws in regions.floors.items():
+        last = draws[-1]
+        say(
+            f"{one} and {other} share {regions.overlap(one, other):.2f} of what either selected; two draws of "
+            f"{last.samples} samples of one system share {last.floor:.2f}, of both {last.between:.2f}"
+        )
 
 
 def _overlaps(regions: Regions) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""The page of an adapter that was trained in stages: regions, curves, accuracy, answers before and after."""
+"""Pages of an adapter that was trained in stages (curves, accuracy, answers before and after) and of its regions."""
 
 from collections.abc import Mapping
 
@@ -25,10 +25,9 @@ def stages_page(trained: StagedAdapter, *, repeats: str | None = None) -> str:
     result, regions = trained.result, trained.result.regions
     moments = list(result.accuracy)
     systems = list(result.accuracy[moments[0]]) if moments else []
-    figures = {"parts of the run": len(result.passed), "parameters": f"{result.factors.trainable:,}"}
+    figures: dict[str, object] = {"parts of the run": len(result.passed), "parameters": f"{result.factors.trainable:,}"}
     if regions is not None:
-        figures |= {f"selected by {name}": f"{regions.selected[name].share:.0%}" for name in regions.systems}
-        figures["shared"] = f"{regions.shared.share:.0%}"
+        figures |= _figures(regions)
     return rendered(
         "stages.html.jinja",
         {
@@ -37,7 +36,7 @@ def stages_page(trained: StagedAdapter, *, repeats: str | None = None) -> str:
             "figures": figures,
             "overlaps": [] if regions is None else _overlaps(regions),
             "regions": None if regions is None else region_map(regions),
-            "importance": [] if regions is None else [(s, importance_map(regions, s)) for s in regions.systems],
+            "importance": [] if regions is None else _importance(regions),
             "parts": [
                 {"name": part.name, "parameters": f"{part.parameters:,}", "charts": _charts(part)}
                 for part in result.passed
@@ -51,6 +50,32 @@ def stages_page(trained: StagedAdapter, *, repeats: str | None = None) -> str:
             "facts": dict(trained.adapter.provenance.settings),
         },
     )
+
+
+def regions_page(name: str, regions: Regions) -> str:
+    """The page of a file of regions."""
+    first = next(iter(regions.importances.values()))
+    return rendered(
+        "regions.html.jinja",
+        {
+            "name": name,
+            "figures": _figures(regions),
+            "map": region_map(regions),
+            "overlaps": _overlaps(regions),
+            "importance": _importance(regions),
+            "facts": {"θ": regions.theta, "units": first.granularity, "score": first.score, **regions.facts},
+        },
+    )
+
+
+def _figures(regions: Regions) -> dict[str, str]:
+    """Label → share of the parameters."""
+    selected = {f"selected by {name}": f"{regions.selected[name].share:.0%}" for name in regions.systems}
+    return {**selected, "shared": f"{regions.shared.share:.0%}"}
+
+
+def _importance(regions: Regions) -> list[tuple[str, Markup]]:
+    return [(system, importance_map(regions, system)) for system in regions.systems]
 
 
 def _ours(result: Staged) -> list[tuple[str, list[str]]]:

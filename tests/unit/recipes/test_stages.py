@@ -22,6 +22,7 @@ from treadle.partition.region_files import load_regions
 from treadle.recipes import stage_ablations
 from treadle.recipes.bank import AdapterPath, PublicSource, build_bank
 from treadle.reports import pages
+from treadle.reports.regions import region_map
 from treadle.toml import checked
 from treadle.train.stages.training import Run, Staged
 
@@ -123,9 +124,7 @@ def test_a_run_makes_an_adapter_its_minds_its_regions_and_its_page(
     parts = [regions.own("fast"), regions.own("slow"), regions.shared]
     parts.append(~(parts[0] | parts[1] | parts[2]))
     for name, B in made.lora_B.items():
-        assert torch.equal(
-            sum(B * part.ranks[name] for part in parts), B
-        )  # every rank is of one region, and of one only
+        assert torch.equal(sum(B * part.ranks[name] for part in parts), B)  # each rank is of one region alone
     page = (root / "two.html").read_text()
     assert "question w" in page
     (shares,) = told["overlaps"]
@@ -142,6 +141,21 @@ def test_a_run_makes_an_adapter_its_minds_its_regions_and_its_page(
     assert len(re.findall("<svg", page)) >= 4
     assert "://" not in re.sub(r'xmlns="[^"]*"', "", page)
     assert not list(root.glob(".two.*stages"))
+
+    inspected = ["inspect", str(root / "two.regions.safetensors")]
+    assert code([*inspected, "--html", str(root / "regions.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["modules"] == {module: asdict(each) for module, each in regions.modules().items()}
+    assert told["overlaps"] == [shares]
+    page = (root / "regions.html").read_text()
+    assert str(region_map(regions)) in page
+    assert "what noise alone would leave" in page
+    assert code(inspected) == 0
+    shown = capsys.readouterr().out
+    assert all(module in shown for module in regions.modules())
+    assert f"fast and slow share {regions.overlap('fast', 'slow'):.2f} of what either selected" in shown
+    assert code(["inspect", str(root / "run.toml")]) == 2
+    assert "not a file of regions" in capsys.readouterr().err
 
     (root / "public.txt").write_text("the film is good\n\nwho is not bad ?\n\nwhy is the answer a number ?")
     paths = [AdapterPath(root / f"two-{system}") for system in ("fast", "slow")]
