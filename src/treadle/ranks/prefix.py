@@ -9,8 +9,10 @@ clean one did. What a block keeps on the model from one run to the next is not s
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -59,7 +61,7 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], 
             stack.callback(layer.register_forward_pre_hook(note_call(name)).remove)
         output = run()
     for name in layers:
-        skippable.setdefault(name, len(finished))
+        skippable.setdefault(name, 0)  # never called, but its weight may be read in any block
     recording = Recording(output, tuple(finished), skippable, rows)
     return recording if _replays(recording, run) else replace(recording, skippable=dict.fromkeys(layers, 0))
 
@@ -132,5 +134,11 @@ def _copied(output: object) -> object:
     if isinstance(output, Tensor):
         return output.clone()
     if isinstance(output, tuple | list):
-        return type(output)(_copied(part) for part in output)
+        parts = [_copied(part) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if isinstance(output, dict):
+        again = copy.copy(cast("dict[object, object]", output))
+        for key, part in again.items():
+            again[key] = _copied(part)
+        return again
     return output

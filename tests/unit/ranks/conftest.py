@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from treadle.ranks.inputs import ProbeInputs
 
@@ -20,6 +20,14 @@ def inputs() -> ProbeInputs:
     generator = torch.Generator().manual_seed(5)
     batches = tuple(torch.randint(4, 128, shape, generator=generator) for shape in ((3, 6), (2, 9)))
     return ProbeInputs(batches, "0" * 64)
+
+
+@pytest.fixture
+def tiny_mamba() -> MambaForCausalLM:
+    """Two layers, each of which reads its dt_proj's weight and never calls dt_proj."""
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(15)
+    return MambaForCausalLM(config).eval().requires_grad_(False)
 
 
 def _everything(model: nn.Module) -> dict[str, tuple[Tensor, int, bool]]:

@@ -15,9 +15,13 @@ from transformers import (
     Gemma4TextConfig,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MambaForCausalLM,
     PreTrainedModel,
+    ReformerConfig,
+    ReformerForMaskedLM,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from treadle.errors import InputError, UnavailableError, UnsupportedError
 from treadle.family.injection import linear_shapes
@@ -26,6 +30,7 @@ from treadle.ranks import trials
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.noise import drawn, pointed, shaken_parameters
 from treadle.ranks.perturbation import PerturbationSettings, perturbation
+from treadle.ranks.prefix import record, skipping
 from treadle.ranks.scores import ProbeScores
 
 QUICK = PerturbationSettings(trials=2)
@@ -46,7 +51,7 @@ def naive(model: PreTrainedModel, inputs: ProbeInputs, settings: PerturbationSet
     found: dict[str, list[list[float]]] = {}
     for name in linear_shapes(model):
         layer = model.get_submodule(name)
-        kept = layer.weight.detach().clone()
+        kept = [parameter.detach().clone() for parameter in shaken_parameters(layer, bias=settings.bias)]
         found[name] = []
         for trial in range(settings.trials):
             row: list[float] = []
@@ -55,10 +60,13 @@ def naive(model: PreTrainedModel, inputs: ProbeInputs, settings: PerturbationSet
                 for copy in (0, 1):
                     with torch.no_grad():
                         if copy == 0 or settings.compare == "copies":
-                            noise = torch.randn(kept.shape, generator=drawn(0, name, trial, copy))
-                            layer.weight.copy_(kept + settings.scale * kept.std(correction=0) * noise)
+                            generator = drawn(0, name, trial, copy)
+                            for shaken, own in zip((layer.weight, layer.bias), kept, strict=False):  # in this order
+                                noise = torch.randn(own.shape, generator=generator)
+                                shaken.copy_(own + settings.scale * own.std(correction=0) * noise)
                         outputs.append(read[settings.output](ids))
-                        layer.weight.copy_(kept)
+                        for shaken, own in zip((layer.weight, layer.bias), kept, strict=False):
+                            shaken.copy_(own)
                 row += [float((a - b).abs().mean()) for a, b in zip(*outputs, strict=True)]
             found[name].append(row)
     return found
@@ -150,6 +158,20 @@ def test_conv1d_weights_are_shaken_too(tiny_gpt2: GPT2LMHeadModel, inputs: Probe
         torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
 
 
+def test_biases_are_shaken_by_their_own_deviation_behind_the_weights(
+    tiny_gpt2: GPT2LMHeadModel, inputs: ProbeInputs
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for name in linear_shapes(tiny_gpt2):  # GPT-2's are zeros at first, which have no deviation
+        tiny_gpt2.get_submodule(name).bias.data.normal_(generator=generator)
+    settings = PerturbationSettings(trials=2, bias=True)
+    expected, without = naive(tiny_gpt2, inputs, settings), probe(tiny_gpt2, inputs, QUICK)
+    found = probe(tiny_gpt2, inputs, settings)
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
+        assert abs(found.modules[name].mean - without.modules[name].mean) > 1e-5
+
+
 def test_an_encoder_and_an_encoder_decoder_are_probed(
     tiny_bert: BertForSequenceClassification, tiny_t5: T5ForConditionalGeneration, inputs: ProbeInputs
 ) -> None:
@@ -189,6 +211,62 @@ def test_blocks_that_leave_something_for_later_ones_are_never_skipped(inputs: Pr
     found = probe(model, inputs, settings)
     for name, rows in expected.items():
         torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
+
+
+def test_blocks_that_read_the_weight_of_a_layer_without_calling_it_are_never_skipped(
+    tiny_mamba: MambaForCausalLM, inputs: ProbeInputs
+) -> None:
+    settings = PerturbationSettings(trials=1)
+    expected = naive(tiny_mamba, inputs, settings)
+    found = probe(tiny_mamba, inputs, settings)
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
+        assert found.modules[name].mean > 0
+
+
+def test_blocks_that_return_named_tuples_are_skipped_and_equal_the_naive_loop(inputs: ProbeInputs) -> None:
+    config = ReformerConfig(
+        vocab_size=128, hidden_size=32, attention_head_size=8, num_attention_heads=4, feed_forward_size=48,
+        attn_layers=["local", "local"], axial_pos_embds=False, max_position_embeddings=64, is_decoder=False,
+    )  # fmt: skip
+    model = ReformerForMaskedLM(config).eval().requires_grad_(False)
+    settings = PerturbationSettings(trials=1)
+    expected = naive(model, inputs, settings)
+    found = probe(model, inputs, settings)
+    for name, rows in expected.items():
+        torch.testing.assert_close(torch.tensor(found.modules[name].values), torch.tensor(rows), rtol=0, atol=1e-6)
+
+
+class _Named(nn.Module):
+    """Passes a tensor on under a name, and writes into what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, passed: BaseModelOutput | dict[str, Tensor]) -> BaseModelOutput | dict[str, Tensor]:
+        moved = self.inner(passed["last_hidden_state"].add_(1.0))
+        return type(passed)(last_hidden_state=moved)
+
+
+@pytest.mark.parametrize("kind", [dict, BaseModelOutput])
+def test_what_a_block_returns_by_name_is_copied_too(kind: Callable[..., dict[str, Tensor]]) -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([_Named(), _Named()])
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+    def run() -> Tensor:
+        passed = kind(last_hidden_state=torch.ones(3, 8))
+        for block in model.blocks:
+            passed = block(passed)
+        return passed["last_hidden_state"]
+
+    with torch.no_grad():
+        recording = record(model, layers, run)
+        assert recording.skippable == {"blocks.0.inner": 0, "blocks.1.inner": 1}
+        for _ in range(2):
+            with skipping(recording, "blocks.1.inner"):
+                assert torch.equal(run(), recording.output)
 
 
 @pytest.mark.parametrize("bias", [False, True])
