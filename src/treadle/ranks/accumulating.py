@@ -13,7 +13,7 @@ from treadle.family.plan import LayerShape
 from treadle.progress import Progress, silent
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.noise import drawn, noisy, pointed, shaken_parameters
-from treadle.ranks.outputs import Metric, Output, disagreement, is_out_of_memory, observer, out_of_memory
+from treadle.ranks.outputs import Metric, Output, disagreement, memory_for, observer
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.perturbation import check_shaking
 from treadle.ranks.probing import Probing, Recipe
@@ -100,12 +100,8 @@ def _pile_up(probing: Probing, chosen: AccumulatingSettings, observe: Callable[[
 
 
 def _outputs(observe: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    try:
+    with memory_for(ids):
         return observe(ids).flatten(1)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(ids) from error
-        raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from treadle.errors import InputError
 from treadle.family.plan import LayerShape
 from treadle.progress import Progress, silent
 from treadle.ranks.inputs import ProbeInputs
-from treadle.ranks.outputs import is_out_of_memory, out_of_memory, token_tensors
+from treadle.ranks.outputs import check_called, memory_for, token_tensors, trunk_runner
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probing import Probing, Recipe
 from treadle.ranks.scores import ProbeScores
@@ -76,8 +76,9 @@ def eva(
         partial: takes up the result of a probe that had ended.
 
     Raises:
-        InputError: too few tokens in every batch, directions that do not settle, or as for `jacobian`.
-        UnsupportedError: a weight is quantised or shared.
+        InputError: too few tokens in every batch, an input that is not finite, directions that do not settle, or as
+            for `jacobian`.
+        UnsupportedError: a weight is quantised or shared, or a module is never called.
 
     Reference: arXiv 2410.07170, through `peft.get_eva_state_dict`.
     """
@@ -85,12 +86,8 @@ def eva(
     recipe = Recipe(NAME, asdict(chosen), 1, seed)
     probing = Probing.begin(recipe, model, inputs, shapes, progress=progress, partial=partial)
     if probing.partial.missing(0, 1, list(shapes)):
-        try:
+        with memory_for(max(inputs.batches, key=Tensor.numel)):
             ranks = _ranks(probing, chosen)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(max(inputs.batches, key=Tensor.numel)) from error
-            raise
         probing.partial.add(0, 0, {name: torch.tensor([float(ranks[name])]) for name in shapes})
     return probing.scores(batches=1)
 
@@ -160,7 +157,9 @@ def _large_enough(probing: Probing, components: int) -> list[dict[str, Tensor]]:
 
     Raises:
         InputError: there is none; names the layer that lacks them.
+        UnsupportedError: a layer is never called.
     """
+    check_called(probing.layers, probing.inputs.batches, trunk_runner(probing.model))
     narrow = next((name for name, shape in probing.shapes.items() if shape.in_features < components), None)
     if narrow is not None:
         raise InputError(f"its input has no {components} directions", where=narrow, remedy="lower the rank or rho")
@@ -172,22 +171,29 @@ def _large_enough(probing: Probing, components: int) -> list[dict[str, Tensor]]:
             raise InputError(
                 f"EVA needs {components} rows of its input in a batch, there are {most}",
                 where=name,
-                remedy="use larger batches or a lower rank, or leave this module out",
+                remedy="use larger batches (text.batch) or a lower rank, or leave this module out",
             )
     large = [batch for batch, found in zip(tensors, rows, strict=True) if min(found.values()) >= components]
     if not large:
         raise InputError(
-            f"no batch has the {components} rows that EVA needs at every module", remedy="use larger batches"
+            f"no batch has the {components} rows that EVA needs at every module",
+            remedy="use larger batches (text.batch)",
         )
     return large
 
 
 def _rows(probing: Probing, batch: Mapping[str, Tensor]) -> dict[str, int]:
-    """Module → how many rows its input has in this batch."""
+    """Module → how many rows its input has in this batch.
+
+    Raises:
+        InputError: one is not finite; PEFT's decomposition would fail on it.
+    """
     rows = dict.fromkeys(probing.layers, 0)
 
     def counting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not torch.isfinite(inputs[0]).all():
+                raise InputError("its input holds NaN or Inf", where=name, remedy="use float32")
             rows[name] = inputs[0].numel() // inputs[0].shape[-1]
 
         return hook

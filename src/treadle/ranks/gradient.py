@@ -14,7 +14,7 @@ from treadle.errors import InputError, UnsupportedError
 from treadle.family.plan import LayerShape
 from treadle.progress import Progress, silent
 from treadle.ranks.inputs import IGNORED, ProbeInputs
-from treadle.ranks.outputs import is_out_of_memory, observer, out_of_memory
+from treadle.ranks.outputs import check_called, memory_for, observer
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probing import Probing, Recipe
 from treadle.ranks.scores import ProbeScores
@@ -65,6 +65,8 @@ def gradient(
     recipe = Recipe(NAME, asdict(settings or GradientSettings()), 1, seed)
     probing = Probing.begin(recipe, model, inputs, shapes, progress=progress, partial=partial)
     observe = observer(model, "all")
+    if any(probing.partial.missing(number, 1, list(shapes)) for number in range(len(inputs.batches))):
+        check_called(probing.layers, inputs.batches, observe)
     for number, (ids, labels) in enumerate(zip(inputs.batches, inputs.labels, strict=True)):
         if probing.partial.missing(number, 1, list(shapes)):
 
@@ -72,12 +74,8 @@ def gradient(
                 probing.partial.add(number, 0, norms)
 
             scalars = [bound(_summed_loss, labels.to(model.device))]
-            try:
-                squared_norms(model, probing.layers, run=bound(observe, ids), scalars=scalars, take=take)
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise out_of_memory(ids) from error
-                raise
+            with memory_for(ids):
+                squared_norms(model, probing.layers, ids=ids, run=observe, scalars=scalars, take=take)
         progress("probing all modules", number + 1, len(inputs.batches))
     return probing.scores()
 

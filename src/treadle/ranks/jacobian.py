@@ -15,7 +15,7 @@ from treadle.family.plan import LayerShape
 from treadle.progress import Progress, silent
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.noise import deviation, drawn
-from treadle.ranks.outputs import Observe, Output, is_out_of_memory, observer, out_of_memory
+from treadle.ranks.outputs import Observe, Output, check_called, memory_for, observer
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probing import Probing, Recipe
 from treadle.ranks.scores import ProbeScores
@@ -79,8 +79,8 @@ def jacobian(
 
     Raises:
         MismatchError: the model lacks a module or has it in another shape; `partial` is of another probe.
-        UnsupportedError: a weight is quantised or shared, a module's input is not laid out by texts, or the model
-            lacks the output that is asked for.
+        UnsupportedError: a weight is quantised or shared, a module is never called or its input is not laid out by
+            texts, or the model lacks the output that is asked for.
         InputError: the model is in training mode, or its outputs are not finite.
         UnavailableError: memory does not suffice.
 
@@ -91,15 +91,13 @@ def jacobian(
     probing = Probing.begin(recipe, model, inputs, shapes, progress=progress, partial=partial)
     observe = observer(model, chosen.output)
     deviations = {name: deviation(layer.get_parameter("weight")) for name, layer in probing.layers.items()}
-    for number, ids in enumerate(inputs.batches):
-        missing = probing.partial.missing(number, chosen.projections, list(shapes))
-        if missing:
-            try:
-                _measure(probing, number, missing, observe, deviations)
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise out_of_memory(ids) from error
-                raise
+    places = range(len(inputs.batches))
+    missing = {number: probing.partial.missing(number, chosen.projections, list(shapes)) for number in places}
+    if any(missing.values()):
+        check_called(probing.layers, inputs.batches, observe)
+    for number in filter(missing.get, places):
+        with memory_for(inputs.batches[number]):
+            _measure(probing, number, missing[number], observe, deviations)
     return probing.scores()
 
 
@@ -109,7 +107,7 @@ def _measure(
     """One batch: a forward pass, and a backward pass for each projection that is missing."""
     ids, sizes = probing.inputs.batches[number], list[int]()
 
-    def run() -> Tensor:
+    def run(ids: Tensor) -> Tensor:
         output = observe(ids)
         sizes.append(output[0].numel())
         return output
@@ -121,7 +119,7 @@ def _measure(
         probing.progress("probing all modules", done, len(probing.inputs.batches) * probing.recipe.trials)
 
     scalars = [bound(_projected, (probing.recipe.seed, "projection", number, place)) for place in missing]
-    squared_norms(probing.model, probing.layers, run=run, scalars=scalars, take=take)
+    squared_norms(probing.model, probing.layers, ids=ids, run=run, scalars=scalars, take=take)
 
 
 def _projected(key: tuple[str | int, ...], output: Float[Tensor, "texts *rest"]) -> Float[Tensor, ""]:

@@ -1,7 +1,8 @@
 """What probes compare, and which layers they may touch."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -53,6 +54,42 @@ def probed_layers(model: PreTrainedModel, shapes: Mapping[str, LayerShape]) -> d
     return layers
 
 
+def check_called(
+    layers: Mapping[str, nn.Module], batches: Iterable[Int[Tensor, "_texts _tokens"]], run: Callable[[Tensor], object]
+) -> None:
+    """Nothing, where `run` calls every layer in some batch; batches are run until that is so.
+
+    A model may read a layer's weight without calling the layer, as Mamba does with its `dt_proj`: hooks do not see it,
+    and a LoRA on it does nothing. An expert that is idle in one batch is called in another.
+
+    Raises:
+        UnsupportedError: a layer is never called; names it.
+        UnavailableError: memory does not suffice.
+    """
+    idle = dict(layers)
+
+    def noting(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            idle.pop(name, None)
+
+        return hook
+
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(noting(name)).remove)
+        for ids in batches:
+            if idle:
+                with memory_for(ids):
+                    run(ids)
+    for name in idle:
+        raise UnsupportedError("it is never called", where=name, remedy="leave this module out of the plan")
+
+
+def trunk_runner(model: PreTrainedModel) -> Callable[[Tensor], object]:
+    """The function that runs token ids through all below the model's head."""
+    return lambda ids: model.base_model(**token_tensors(model, ids))
+
+
 def observer(model: PreTrainedModel, output: Output) -> Observe:
     """The function from token ids to what is compared, asking the model for no more than that."""
     accepted = inspect.signature(model.forward).parameters
@@ -66,7 +103,16 @@ def observer(model: PreTrainedModel, output: Output) -> Observe:
         tensors = token_tensors(model, ids)
         if output == "hidden":
             return _field(model.base_model(**tensors), "last_hidden_state", "last or all")
-        logits = _field(model(**tensors, **options), "logits", "hidden")
+        try:
+            result = model(**tensors, **options)
+        except ValueError as error:
+            if "padding token" not in str(error):
+                raise
+            raise InputError(
+                "the classifier looks for its padding token and has none",
+                remedy="set pad_token_id in the base's config.json, or probe with output = hidden",
+            ) from error
+        logits = _field(result, "logits", "hidden")
         return logits[:, -1] if output == "last" and logits.ndim == 3 else logits
 
     return observe
@@ -109,9 +155,20 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def out_of_memory(ids: Int[Tensor, "texts tokens"]) -> UnavailableError:
-    """The error that says what to do about a batch that does not fit."""
-    texts, tokens = ids.shape
-    return UnavailableError(
-        f"memory ran out on a batch of {texts} texts of {tokens} tokens", remedy="use smaller batches or fewer tokens"
-    )
+@contextlib.contextmanager
+def memory_for(ids: Int[Tensor, "texts tokens"]) -> Iterator[None]:
+    """A block that runs this batch.
+
+    Raises:
+        UnavailableError: memory runs out in it; says what to do about that.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        texts, tokens = ids.shape
+        raise UnavailableError(
+            f"memory ran out on a batch of {texts} texts of {tokens} tokens",
+            remedy="use smaller batches (text.batch) or fewer tokens (text.tokens)",
+        ) from error

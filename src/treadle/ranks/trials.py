@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from treadle.ranks.noise import pointed
-from treadle.ranks.outputs import Metric, Observe, disagreement, is_out_of_memory, out_of_memory
+from treadle.ranks.outputs import Metric, Observe, disagreement, is_out_of_memory, memory_for
 from treadle.ranks.prefix import Recording, record, replaced, skipping
 from treadle.ranks.probing import Probing
 
@@ -75,7 +75,7 @@ class _Batch:
     def measured(self, name: str, layer: nn.Module, trials: Sequence[int]) -> list[tuple[int, Float[Tensor, " texts"]]]:
         """The trials, each with its texts' disagreements."""
         found: list[tuple[int, Tensor]] = []
-        try:
+        with memory_for(self._ids):
             while left := trials[len(found) :]:
                 together = left[: max(1, self._together)]
                 try:
@@ -85,10 +85,6 @@ class _Batch:
                         raise
                     self._together = 0
                     self._recordings = {1: self._recording(1)}
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(self._ids) from error
-            raise
         return found
 
     def _values(self, name: str, layer: nn.Module, trials: Sequence[int]) -> Float[Tensor, "trials texts"]:

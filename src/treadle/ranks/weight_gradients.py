@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from treadle.errors import UnsupportedError
+
+_SAME, _SAME_IN_HALF = 1e-3, 1e-2  # relative; kernels may sum other rows in another order
 
 
 @dataclass
@@ -35,48 +37,89 @@ def squared_norms(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     *,
-    run: Callable[[], Float[Tensor, "texts *rest"]],
+    ids: Int[Tensor, "texts tokens"],
+    run: Callable[[Tensor], Float[Tensor, "texts *rest"]],
     scalars: Sequence[Callable[[Tensor], Float[Tensor, ""]]],
     take: Callable[[int, dict[str, Tensor]], None],
 ) -> None:
     """Give `take` for every scalar its number and layer → ‖∂scalar/∂W‖²_F of each text's share, (texts,).
 
-    A layer without a part in the scalar gets zeros. The model is run once and is as before afterwards, its parameters'
-    wish for gradients included.
+    A layer without a part in the scalar gets zeros. The model is run twice, the second time on the texts in reverse to
+    see that a layer's rows turn round with them, text by text. It is as before afterwards, its parameters' wish for
+    gradients included.
 
     Args:
         model: whose parameters are frozen meanwhile.
         layers: Linear or Conv1D, by name.
+        ids: the texts.
         run: runs the model on texts that do not mix.
         scalars: sums over the texts of what `run` returns.
         take: told of each scalar as it is done.
 
     Raises:
-        UnsupportedError: a layer's input is not laid out by texts, or is written to behind the layer.
+        UnsupportedError: a layer's input is not laid out by texts, or is written to behind the layer, or the scalar
+            has gradients and none of them reaches a layer.
     """
+    texts = len(ids)
     seen = {name: _Seen() for name in layers}
-    roots: list[Tensor] = []
     with torch.enable_grad(), _frozen(model):
         with contextlib.ExitStack() as stack:
             for name, layer in layers.items():
-                stack.callback(layer.register_forward_hook(_watching(seen[name], roots)).remove)
-            output = run()
-        texts = len(output)
+                stack.callback(layer.register_forward_hook(_watching(name, seen[name], texts)).remove)
+            output = run(ids)
         for name, layer_seen in seen.items():
             if layer_seen.overwritten:
                 raise UnsupportedError(
                     "its input is changed in place", where=name, remedy="leave this module out of the plan"
                 )
-            if any(len(x) != texts for x in layer_seen.inputs):
-                raise UnsupportedError(
-                    "the rows of its input are not the texts", where=name, remedy="leave this module out of the plan"
-                )
+        _check_layout(layers, seen, texts, lambda: run(ids.flip(0)))
         for number, scalar in enumerate(scalars):
             total = scalar(output)
             if total.requires_grad:
-                retain = number < len(scalars) - 1
-                torch.autograd.grad(total, roots, retain_graph=retain, allow_unused=True)
+                torch.autograd.backward(total, retain_graph=number < len(scalars) - 1)
+                called = [layer_seen for layer_seen in seen.values() if layer_seen.inputs]
+                if called and not any(layer_seen.gradients for layer_seen in called):
+                    raise UnsupportedError("no gradient reaches a module", remedy="use the probe perturbation")
             take(number, {name: _norms(layer_seen, texts, output.device) for name, layer_seen in seen.items()})
+
+
+def _check_layout(
+    layers: Mapping[str, nn.Module], seen: Mapping[str, _Seen], texts: int, reverse: Callable[[], object]
+) -> None:
+    """Nothing, where every layer reads the same rows in reverse, text by text, when the texts stand in reverse.
+
+    Whose a row is follows: what the first text has comes last then, so that it has as many rows as are taken for its
+    own, and so on. Texts are told from tokens where there are as many of one as of the other.
+
+    Raises:
+        UnsupportedError: a layer does not.
+    """
+    calls = dict.fromkeys(layers, 0)
+
+    def comparing(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if calls[name] == len(seen[name].inputs):
+                raise _not_by_text(name)
+            x, again = seen[name].inputs[calls[name]], _by_text(inputs[0], texts, name).flip(0)
+            same = _SAME_IN_HALF if inputs[0].dtype in (torch.float16, torch.bfloat16) else _SAME
+            if again.shape != x.shape or (again - x).norm() > same * x.norm():
+                raise _not_by_text(name)
+            calls[name] += 1
+
+        return hook
+
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(comparing(name)).remove)
+        reverse()
+
+
+def _not_by_text(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the rows of its input are not the texts",
+        where=name,
+        remedy="probe one text a batch (text.batch = 1), or leave this module out of the plan",
+    )
 
 
 @contextlib.contextmanager
@@ -91,17 +134,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _watching(seen: _Seen, roots: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _watching(name: str, seen: _Seen, texts: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         call = len(seen.inputs)
-        seen.inputs.append(_by_text(inputs[0].detach()))
+        seen.inputs.append(_by_text(inputs[0].detach(), texts, name))
         seen.versions.append((inputs[0], inputs[0]._version))
         if not output.requires_grad:
-            roots.append(output.detach().requires_grad_())
-            output = roots[-1].clone()  # a leaf must not be added to in place, as some blocks do
+            output = output.detach().requires_grad_().clone()  # a leaf must not be added to in place, as some blocks do
 
         def take(gradient: Tensor) -> None:
-            seen.gradients[call] = _by_text(gradient)
+            seen.gradients[call] = _by_text(gradient, texts, name)
 
         output.register_hook(take)
         return output
@@ -109,8 +151,11 @@ def _watching(seen: _Seen, roots: list[Tensor]) -> Callable[[nn.Module, tuple[Te
     return hook
 
 
-def _by_text(x: Float[Tensor, "texts *_ width"]) -> Float[Tensor, "texts _ width"]:
-    return x.float().flatten(1, -2) if x.ndim > 2 else x.float()[:, None]
+def _by_text(x: Float[Tensor, "rows *_ width"], texts: int, name: str) -> Float[Tensor, "{texts} _ width"]:
+    """The rows of each text, where the texts stand one behind the other, each with as many rows or several axes."""
+    if len(x) % texts:
+        raise _not_by_text(name)
+    return x.float().reshape(texts, x.shape[:-1].numel() // texts, x.shape[-1])
 
 
 def _norms(seen: _Seen, texts: int, device: torch.device) -> Float[Tensor, " texts"]:

@@ -1,6 +1,6 @@
 """Projected Jacobians against explicit gradients, closed forms, and the probe that they stand in for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -10,7 +10,11 @@ from transformers import (
     AlbertForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from treadle.errors import UnsupportedError
@@ -25,16 +29,17 @@ from treadle.ranks.stability import spearman
 LinearModel = Callable[..., PreTrainedModel]
 
 
-def explicit(model: PreTrainedModel, ids: torch.Tensor, output: str) -> dict[str, list[float]]:
+def explicit(
+    model: PreTrainedModel, ids: torch.Tensor, output: str, shapes: Mapping[str, LayerShape] | None = None
+) -> dict[str, list[float]]:
     """σ·‖∂(v·y)/∂W‖/√n of every module and text, one text and one whole gradient at a time."""
-    weights = {name: model.get_submodule(name).weight for name in linear_shapes(model)}
+    weights = {name: model.get_submodule(name).weight for name in shapes or linear_shapes(model)}
     read = {
         "last": lambda row: model(input_ids=row).logits[:, -1],
         "all": lambda row: model(input_ids=row).logits,
         "hidden": lambda row: model.base_model(input_ids=row).last_hidden_state,
+        "classes": lambda row: model(input_ids=row).logits,
     }[output]
-    if isinstance(model, AlbertForSequenceClassification):
-        read = {"last": lambda row: model(input_ids=row).logits}[output]
     v = torch.randn(read(ids).shape, generator=drawn(0, "projection", 0, 0))
     found: dict[str, list[float]] = {name: [] for name in weights}
     for weight in weights.values():
@@ -73,8 +78,83 @@ def test_a_layer_that_runs_several_times_has_one_gradient() -> None:
     found = jacobian(
         model, ProbeInputs((ids,), "0" * 64), linear_shapes(model), settings=JacobianSettings(projections=1)
     )
-    for name, values in explicit(model, ids, "last").items():
+    for name, values in explicit(model, ids, "classes").items():
         assert found.modules[name].values[0] == pytest.approx(values, rel=1e-4)
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_rows_that_are_tokens_are_no_texts_though_they_be_as_many() -> None:
+    model = XLNetForSequenceClassification(
+        XLNetConfig(vocab_size=128, d_model=32, n_layer=2, n_head=4, d_inner=48, num_labels=2)
+    ).eval()
+    shapes = linear_shapes(model, ["layer_1", "layer_2"])
+    name = "transformer.layer.0.ff.layer_1"
+    for texts in (8, 4):  # 8 tokens are as many as the texts, or two a text
+        inputs = ProbeInputs((torch.randint(4, 128, (texts, 8)),), "0" * 64)
+        with pytest.raises(UnsupportedError, match=rf"^{name}: the rows of its input are not the texts; .*batch = 1"):
+            jacobian(model, inputs, shapes)
+    ids = torch.randint(4, 128, (1, 8))
+    found = jacobian(model, ProbeInputs((ids,), "0" * 64), shapes, settings=JacobianSettings(projections=1))
+    for name, values in explicit(model, ids, "classes", shapes).items():
+        assert found.modules[name].values[0] == pytest.approx(values, rel=1e-4)
+
+
+def test_rows_of_all_texts_behind_each_other_are_told_apart() -> None:
+    model = OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)).eval()
+    ids = torch.randint(4, 128, (3, 5))
+    shapes = linear_shapes(model)  # fc1 and fc2 read (15, 32) and (15, 48)
+    found = jacobian(model, ProbeInputs((ids,), "0" * 64), shapes, settings=JacobianSettings(projections=1))
+    for name, values in explicit(model, ids, "last", shapes).items():
+        assert found.modules[name].values[0] == pytest.approx(values, rel=1e-4)
+
+
+def test_rows_that_are_routed_are_no_texts_though_they_be_as_many(tiny_llama: LlamaForCausalLM) -> None:
+    mlp, inner = tiny_llama.model.layers[1].mlp, tiny_llama.model.layers[1].mlp.forward
+    ids = torch.tensor([[90, 8, 8, 8], [91, 8, 92, 8], [8, 8, 8, 8]])  # one, two and no tokens are routed
+    current = list[Tensor]()
+
+    def routed(hidden: Tensor) -> Tensor:
+        own, chosen = hidden.clone(), current[-1] >= 90
+        own[chosen] = inner(hidden[chosen])
+        return own
+
+    mlp.forward = routed
+    handle = tiny_llama.register_forward_pre_hook(
+        lambda _, __, named: current.append(named["input_ids"]), with_kwargs=True
+    )
+    name = "model.layers.1.mlp.up_proj"
+    with pytest.raises(UnsupportedError, match=rf"^{name}: the rows of its input are not the texts"):
+        jacobian(tiny_llama, ProbeInputs((ids,), "0" * 64), {name: linear_shapes(tiny_llama)[name]})
+    handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["inputs ask for gradients", "a block makes a leaf"])
+def test_other_leaves_that_ask_for_gradients_change_nothing(
+    tiny_llama: LlamaForCausalLM, inputs: ProbeInputs, kind: str
+) -> None:
+    shapes = linear_shapes(tiny_llama)
+    expected = jacobian(tiny_llama, inputs, shapes)
+    if kind == "inputs ask for gradients":
+        tiny_llama.enable_input_require_grads()
+    else:  # as MRA's attention, which cuts off what is before it
+        inner = tiny_llama.model.layers[1].self_attn.forward
+
+        def cut(*arguments: object, **named: Tensor) -> object:
+            hidden = named.pop("hidden_states").detach().requires_grad_()
+            return inner(*arguments, hidden_states=hidden, **named)
+
+        tiny_llama.model.layers[1].self_attn.forward = cut
+    found = jacobian(tiny_llama, inputs, shapes)
+    after = [name for name in shapes if kind == "inputs ask for gradients" or name.startswith("model.layers.1")]
+    assert {name: found.modules[name] for name in after} == {name: expected.modules[name] for name in after}
+
+
+def test_gradients_that_reach_no_module_are_told(tiny_llama: LlamaForCausalLM, inputs: ProbeInputs) -> None:
+    tiny_llama.model.norm.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
+    with pytest.raises(UnsupportedError, match="^no gradient reaches a module; use the probe perturbation$"):
+        jacobian(tiny_llama, inputs, linear_shapes(tiny_llama))
 
 
 def test_a_watched_output_may_be_added_to_in_place(inputs: ProbeInputs, linear_model: LinearModel) -> None:

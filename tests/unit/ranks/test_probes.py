@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaForCausalLM,
     PreTrainedModel,
     T5ForConditionalGeneration,
 )
@@ -126,7 +129,7 @@ def test_the_model_is_left_alone_when_the_probe_breaks_off(
 def breaks_off(patch: pytest.MonkeyPatch, model: LlamaForCausalLM, call: int, error: type[BaseException]) -> None:
     """By the given call a weight is shaken, blocks are replaced, hooks are in place; or the gradients are under way."""
     inner, calls = model.model.norm.forward, 0
-    autograd = torch.autograd.grad
+    autograd = torch.autograd.backward
 
     def count() -> None:
         nonlocal calls
@@ -138,12 +141,12 @@ def breaks_off(patch: pytest.MonkeyPatch, model: LlamaForCausalLM, call: int, er
         count()
         return inner(hidden)
 
-    def grad(*arguments: object, **named: object) -> object:
+    def backward(*arguments: object, **named: object) -> object:
         count()
         return autograd(*arguments, **named)
 
     patch.setitem(model.model.norm.__dict__, "forward", forward)
-    patch.setattr(torch.autograd, "grad", grad)
+    patch.setattr(torch.autograd, "backward", backward)
 
 
 @EVERY
@@ -272,7 +275,7 @@ def quantised(model: LlamaForCausalLM) -> None:
 
 
 def spoilt(model: LlamaForCausalLM) -> None:
-    model.model.norm.weight.data[0] = float("nan")
+    model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
 
 
 def training(model: LlamaForCausalLM) -> None:
@@ -297,12 +300,20 @@ def test_models_that_cannot_be_probed(
     error: type[TreadleError],
     message: str,
 ) -> None:
-    if name == "eva" and spoil is spoilt:
-        pytest.skip("EVA reads inputs, not outputs")
     spoil(tiny_llama)
     with pytest.raises(error, match=message) as caught:
         run(name, tiny_llama, inputs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in PROBES if name not in ("gradient", "eva")])
+def test_a_classifier_that_misses_its_padding_token_is_told(name: str, inputs: ProbeInputs) -> None:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    with pytest.raises(InputError, match="^the classifier looks for its padding token and has none; set pad_token_id"):
+        probe_scores(model, inputs, linear_shapes(model), settings=QUICK[name])
 
 
 @EVERY
@@ -325,6 +336,33 @@ def test_modules_that_cannot_be_probed(
     with pytest.raises(error, match=message) as caught:
         run(name, tiny_llama, inputs, shapes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "gradient", "eva"])
+def test_a_layer_that_is_never_called_is_refused_where_hooks_read_it(
+    name: str, tiny_mamba: MambaForCausalLM, inputs: ProbeInputs
+) -> None:
+    message = r"^backbone\.layers\.0\.mixer\.dt_proj: it is never called; leave this module out of the plan$"
+    with pytest.raises(UnsupportedError, match=message):
+        run(name, tiny_mamba, inputs)
+    shapes = linear_shapes(tiny_mamba, ["in_proj", "out_proj"])
+    assert set(run(name, tiny_mamba, inputs, shapes).modules) == set(shapes)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "gradient", "perturbation"])
+def test_a_layer_that_is_idle_in_one_batch_has_no_part_in_it(
+    name: str, tiny_llama: LlamaForCausalLM, inputs: ProbeInputs
+) -> None:
+    block, shapes = tiny_llama.model.layers[1], linear_shapes(tiny_llama, ["up_proj"])
+    inner = block.mlp.forward
+
+    def routed(hidden: Tensor) -> Tensor:
+        return inner(hidden) if hidden.shape[1] == 9 else hidden
+
+    block.mlp.forward = routed
+    found = run(name, tiny_llama, inputs, shapes).modules["model.layers.1.mlp.up_proj"]
+    assert all(value == 0 for row in found.values for value in row[:3])
+    assert all(value > 0 for row in found.values for value in row[3:])
 
 
 @EVERY
