@@ -48,6 +48,8 @@ class ProbeText(TomlTable):
         source: "pydoc", or a file as `public_texts` reads it.
         sequences: passages, or examples, at most.
         tokens: length to which each is cut.
+        batch: texts of equal length that run together, at most. EVA wants many, memory few, and models that do not
+            lay their rows out by texts one.
         public: whether the text may be known, to be stated of every text but "pydoc". A plan probed on private
             text says so, carries no digest of it, and takes the ε from every adapter and every fleet on it.
     """
@@ -55,6 +57,7 @@ class ProbeText(TomlTable):
     source: str = "pydoc"
     sequences: int = Field(default=8, ge=1)
     tokens: int = Field(default=32, ge=2)
+    batch: int = Field(default=8, ge=1)
     public: bool = True
 
 

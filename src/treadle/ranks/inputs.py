@@ -53,14 +53,15 @@ class ProbeInputs:
         """The texts cut to at most `tokens` tokens and batched, at most `batch` of equal length together.
 
         Raises:
-            InputError: no text, a text of fewer than two tokens, or limits below 2 tokens or 1 text.
+            InputError: no text, a text of fewer than two tokens or of special ones alone, or limits below 2 tokens or
+                1 text.
         """
         _check_limits(tokens, batch)
         rows: list[tuple[list[int], list[int] | int | None]] = []
         for index, text in enumerate(texts):
-            ids = list(tokenizer(text, truncation=True, max_length=tokens)["input_ids"])
-            if len(ids) < 2:
-                raise InputError(f"probe text {index + 1} has fewer than two tokens", remedy="give longer texts")
+            encoding = tokenizer(text, truncation=True, max_length=tokens, return_special_tokens_mask=True)
+            ids = list(encoding["input_ids"])
+            _check_text(ids, sum(encoding["special_tokens_mask"]), where=f"probe text {index + 1}")
             rows.append((ids, None))
         return _batched(rows, batch, hashlib.sha256(files.canonical_json(list(texts))).hexdigest())
 
@@ -103,7 +104,8 @@ class ProbeInputs:
             batch: at most so many texts together.
 
         Raises:
-            InputError: no example, an answer that is empty, too long or no class, or limits as in `of_texts`.
+            InputError: no example, an answer that is empty, too long or no class, or a classifier's text or limits as
+                in `of_texts`.
         """
         _check_limits(tokens, batch)
         rows = [
@@ -117,6 +119,17 @@ class ProbeInputs:
 def _check_limits(tokens: int, batch: int) -> None:
     if tokens < 2 or batch < 1:
         raise InputError(f"cannot probe with {tokens} tokens in batches of {batch}", remedy="use at least 2 and 1")
+
+
+def _check_text(ids: Sequence[int], special: int, *, where: str) -> None:
+    if len(ids) < 2:
+        raise InputError("it has fewer than two tokens", where=where, remedy="give longer texts")
+    if len(ids) <= special:
+        raise InputError(
+            f"of its text nothing is among its {len(ids)} tokens, which are all special",
+            where=where,
+            remedy="give longer texts, or more tokens",
+        )
 
 
 def _batched(rows: Sequence[tuple[list[int], list[int] | int | None]], batch: int, text_sha256: str) -> ProbeInputs:
@@ -151,9 +164,9 @@ def _labelled(
             raise InputError(
                 f"{answer!r} is no class of the model", where=where, remedy=f"choose among {', '.join(classes)}"
             )
-        if len(prompt) < 2:
-            raise InputError("it has fewer than two tokens", where=where, remedy="give longer texts")
-        return cut(tokens), int(classes[answer])
+        kept = cut(tokens)
+        _check_text(kept, sum(special), where=where)
+        return kept, int(classes[answer])
     target = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
     if not target or not prompt:
         raise InputError("its prompt or its answer has no token", where=where, remedy="drop it or fill its fields")

@@ -13,8 +13,8 @@ from treadle.errors import InputError, MismatchError
 
 Ties = Literal["none", "qk", "kind"] | tuple[tuple[str, ...], ...]
 
-QUERY_KEY = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("q", "k"))
-"""How transformers' models name them: Llama and its kin, BERT, DistilBERT, T5."""
+QUERY_KEY = (("q_proj", "k_proj"), ("query", "key"), ("query_proj", "key_proj"), ("q_lin", "k_lin"), ("q", "k"))
+"""How transformers' models name them: Llama and its kin, BERT, DeBERTa-v2, DistilBERT, T5."""
 
 
 def groups_of(modules: Iterable[str], ties: Ties) -> list[tuple[str, ...]]:

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from treadle import files
 from treadle.configs.plan import PlanRun, Replan, Shares, trials_of
 from treadle.errors import InputError, MismatchError
-from treadle.family.injection import linear_shapes
+from treadle.family.injection import adapted_layers, linear_shapes
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import identity_of, load_model, load_tokenizer
 from treadle.progress import Progress, silent
 from treadle.ranks.allocation import Budget, allocate, plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
+from treadle.ranks.outputs import check_called, trunk_runner
 from treadle.ranks.partial import PartialProbe
 from treadle.ranks.probes import ProbeSettings, probe_scores
 from treadle.ranks.probing import COUNTS
@@ -57,6 +58,7 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
 
     Raises:
         InputError: `config.out` exists, or the model, text, budget or a peer cannot be used.
+        UnsupportedError: a module is never called, so that no LoRA can act there, or cannot be probed.
         UnavailableError: the base must be fetched and cannot be, memory does not suffice, or the disk refuses.
     """
     files.refuse_existing(config.out, overwrite=config.overwrite)
@@ -66,6 +68,7 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     shapes = linear_shapes(model, config.modules)
     _check_budget(shapes, config)
     inputs = probe_inputs(config, model, tokenizer)
+    check_called(adapted_layers(model, shapes), inputs.batches, trunk_runner(model))
     begun: list[Path] = []
 
     def probed(settings: ProbeSettings) -> ProbeScores | Settled:
@@ -166,15 +169,32 @@ def probe_inputs(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedT
     """What the probe reads: passages of the configured text, or the configured examples with their answers.
 
     Raises:
-        InputError: the text or the examples cannot be read, or one is too short.
+        InputError: the text or the examples cannot be read, or one is too short, or too long for the model.
     """
+    inputs = _read(config, model, tokenizer)
+    longest = max(batch.shape[1] for batch in inputs.batches)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < longest:  # -1 is XLNet's word for none
+        raise InputError(
+            f"key 'text.tokens': a text has {longest} tokens, the model {limit} positions",
+            remedy=f"set it to at most {limit}",
+        )
+    return inputs
+
+
+def _read(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ProbeInputs:
     text = config.text
     if config.examples is not None:
         examples = examples_of(config.examples, shares={}, seed=config.seed)[: text.sequences]
         classes = classes_of(model) if kind_of(model) is Kind.CLASSIFIER else None
-        return ProbeInputs.of_examples(tokenizer, examples, classes=classes, tokens=text.tokens)
+        return ProbeInputs.of_examples(tokenizer, examples, classes=classes, tokens=text.tokens, batch=text.batch)
     return ProbeInputs.of_public_text(
-        tokenizer, sequences=text.sequences, tokens=text.tokens, source=text.source, seed=config.seed
+        tokenizer,
+        sequences=text.sequences,
+        tokens=text.tokens,
+        source=text.source,
+        seed=config.seed,
+        batch=text.batch,
     )
 
 

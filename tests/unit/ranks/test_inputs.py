@@ -42,7 +42,7 @@ def test_the_digest_is_the_texts(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
     ("texts", "tokens", "batch", "message"),
     [
         ([], 32, 8, "no probe text"),
-        (["yes no", ""], 32, 8, "probe text 2 has fewer than two tokens"),
+        (["yes no", ""], 32, 8, "probe text 2: it has fewer than two tokens"),
         (["yes"], 1, 8, "1 tokens"),
         (["yes"], 32, 0, "batches of 0"),
     ],
@@ -52,6 +52,25 @@ def test_wrong_texts_are_one_line(
 ) -> None:
     with pytest.raises(InputError, match=message):
         ProbeInputs.of_texts(tiny_tokenizer, texts, tokens=tokens, batch=batch)
+
+
+@pytest.fixture
+def bracketing(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Puts `<bos>` first and `<eos>` last, as BERT's does with [CLS] and [SEP]."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("", 32), ("the film is good", 2)])
+def test_special_tokens_are_no_text(bracketing: PreTrainedTokenizerFast, text: str, tokens: int) -> None:
+    message = "1: of its text nothing is among its 2 tokens, which are all special; give longer texts, or more tokens$"
+    with pytest.raises(InputError, match=f"^probe text {message}"):
+        ProbeInputs.of_texts(bracketing, [text, "yes"], tokens=tokens)
+    with pytest.raises(InputError, match=f"^example {message}"):
+        ProbeInputs.of_examples(bracketing, [Example(text, "bad")], classes={"bad": 0}, tokens=tokens)
 
 
 def test_no_batch_is_no_probe() -> None:
@@ -101,12 +120,9 @@ def test_classes_are_labels(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_classifiers_prompt_that_is_too_long_is_cut_as_in_training(
-    tiny_bert: BertForSequenceClassification, tiny_tokenizer: PreTrainedTokenizerFast
+    tiny_bert: BertForSequenceClassification, bracketing: PreTrainedTokenizerFast
 ) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
+    tokenizer = bracketing
     example = Example("a b c d e f g", "LABEL_1")
     classes = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
     (batch,) = ProbeInputs.of_examples(tokenizer, [example], classes=classes, tokens=5).batches

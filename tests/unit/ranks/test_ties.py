@@ -11,6 +11,11 @@ def test_nothing_tied_is_a_group_a_module() -> None:
     assert groups_of(NAMES, "none") == [(name,) for name in NAMES]
 
 
+def test_query_and_key_of_deberta() -> None:
+    names = [f"encoder.layer.0.attention.self.{kind}" for kind in ("query_proj", "key_proj", "value_proj")]
+    assert groups_of(names, "qk") == [tuple(names[:2]), (names[2],)]
+
+
 def test_query_and_key_of_one_layer() -> None:
     tied = groups_of(NAMES, "qk")
     assert ("h.0.attn.q_proj", "h.0.attn.k_proj") in tied

@@ -4,14 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.configs.family import FamilyRun
 from treadle.configs.plan import PlanRun, ProbeText, Replan
-from treadle.errors import ConfigError, InputError, MismatchError
+from treadle.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
+from treadle.models.loading import load_tokenizer
 from treadle.ranks.allocation import Budget
 from treadle.ranks.controls import controls
 from treadle.ranks.jacobian import JacobianSettings
@@ -19,7 +20,7 @@ from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES
 from treadle.ranks.scores import ProbeScores
 from treadle.recipes.family import new_family
-from treadle.recipes.plan import plan, replan
+from treadle.recipes.plan import plan, probe_inputs, replan
 from treadle.recipes.rank_peers import CONTROLS
 from treadle.toml import load_toml
 
@@ -371,6 +372,35 @@ def test_what_no_score_can_mend_is_said_before_the_probe(run: PlanRun) -> None:
     ):
         with pytest.raises(InputError, match=message):
             plan(run.model_copy(update=changes), never)
+
+
+def test_no_rank_goes_to_a_layer_on_which_no_lora_acts(run: PlanRun, base: Path) -> None:
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(base)
+    with pytest.raises(UnsupportedError, match=r"dt_proj: it is never called; leave this module out of the plan"):
+        plan(run)
+    kinds = ("in_proj", "x_proj", "out_proj")
+    assert set(plan(run.model_copy(update={"modules": kinds})).plan.modules) == {
+        f"backbone.layers.{layer}.mixer.{kind}" for layer in (0, 1) for kind in kinds
+    }
+
+
+def test_text_that_the_model_has_no_positions_for_is_told(run: PlanRun, tiny_llama: LlamaForCausalLM) -> None:
+    positions = tiny_llama.config.max_position_embeddings
+    message = (
+        rf"key 'text.tokens': a text has {positions + 1} tokens, the model {positions} positions; set it to at most"
+    )
+    with pytest.raises(InputError, match=message):
+        plan(run.model_copy(update={"text": ProbeText(sequences=2, tokens=positions + 1)}))
+    assert not list(run.out.parent.glob(".plan*"))
+
+
+def test_texts_run_in_batches_of_the_size_that_is_asked_for(run: PlanRun, tiny_llama: LlamaForCausalLM) -> None:
+    tokenizer = load_tokenizer(run.base)
+    for batch, sizes in ((8, [3]), (2, [2, 1])):
+        text = ProbeText(sequences=3, tokens=6, batch=batch)
+        read = probe_inputs(run.model_copy(update={"text": text}), tiny_llama, tokenizer)
+        assert [len(ids) for ids in read.batches] == sizes
 
 
 def test_a_budget_that_equal_scores_could_not_use_is_not_refused(run: PlanRun) -> None:
