@@ -12,7 +12,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -133,9 +133,10 @@ def _copied(output: object) -> object:
     """The same structure with its tensors copied: what runs next may write into them."""
     if isinstance(output, Tensor):
         return output.clone()
+    if isinstance(output, tuple) and hasattr(output, "_make"):
+        return cast("type[NamedTuple]", type(output))._make(map(_copied, output))
     if isinstance(output, tuple | list):
-        parts = [_copied(part) for part in output]
-        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+        return type(output)(_copied(part) for part in output)
     if isinstance(output, dict):
         again = copy.copy(cast("dict[object, object]", output))
         for key, part in again.items():

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import chi2, rankdata
 
 from treadle import randomness
 from treadle.errors import InputError, MismatchError
@@ -65,13 +65,31 @@ def split_half(
 
 
 def unchanged_share(
-    scores: ProbeScores, ranks_of: RanksOf, *, draws: int = 200, moving: float = 0.0, seed: int = 0
+    scores: ProbeScores,
+    ranks_of: RanksOf,
+    *,
+    draws: int = 1000,
+    moving: float = 0.0,
+    enough: float = 0.0,
+    seed: int = 0,
 ) -> float:
     """In what share of bootstrap draws the integer ranks are those of the whole, 0 to 1.
 
-    A draw takes as many trials as there are, with replacement and the same ones for all modules; texts are kept, as
-    more trials do not make them more. Ranks count as those of the whole where at most the share `moving` of the
+    A draw takes as many trials as there are, n, with replacement and the same ones for all modules; texts are kept, as
+    more trials do not make them more. How far its scores are from those of the whole is multiplied by √(n/χ²), with χ²
+    drawn with n − 1 degrees of freedom: draws of a few trials scatter too little, by (n − 1)/n, and do not know how
+    well those few tell the scatter; so drawn, a mean of normal trials has Student's t about it. A draw whose scores
+    cannot be shared out has other ranks. Ranks count as those of the whole where at most the share `moving` of the
     modules has another one.
+
+    Args:
+        scores: of two trials or more.
+        ranks_of: scores to ranks.
+        draws: how many.
+        moving: 0 to 1.
+        enough: as soon as this share cannot be reached any more, that of the draws made so far is returned, which is
+            below it.
+        seed: of the draws.
 
     Raises:
         InputError: there are fewer than two trials.
@@ -81,13 +99,23 @@ def unchanged_share(
     if trials < 2:
         raise InputError("one trial tells nothing of another", remedy="probe with two trials or more")
     names = list(scores.modules)
-    whole = ranks_of(dict(zip(names, means.mean(axis=1).tolist(), strict=True)))
-    same = 0
+    mean = means.mean(axis=1)
+    whole = ranks_of(dict(zip(names, mean.tolist(), strict=True)))
+    taken = (randomness.uniform(seed, "bootstrap", (draws, trials)) * trials).astype(int)
+    widths = np.sqrt(trials / chi2.ppf(1.0 - randomness.uniform(seed, "scatter", (draws,)), trials - 1))
+    changed = 0
     for number in range(draws):
-        taken = (randomness.uniform(seed, f"bootstrap/{number}", (trials,)) * trials).astype(int)
-        ranks = ranks_of(dict(zip(names, means[:, taken].mean(axis=1).tolist(), strict=True)))
-        same += sum(ranks[name] != whole[name] for name in names) <= moving * len(names)
-    return same / draws
+        away = means[:, taken[number]].mean(axis=1) - mean
+        drawn = np.maximum(mean + away * widths[number], 0.0)
+        try:
+            ranks = ranks_of(dict(zip(names, drawn.tolist(), strict=True)))
+        except InputError:  # such as a draw in which every score is 0
+            changed += 1
+        else:
+            changed += sum(ranks[name] != whole[name] for name in names) > moving * len(names)
+        if changed > (1 - enough) * draws:
+            return 1 - changed / (number + 1)
+    return 1 - changed / draws
 
 
 def _values(scores: ProbeScores) -> NDArray[np.float64]:
@@ -103,7 +131,8 @@ class TrialsRule:
         first: trials to begin with.
         step: trials added at a time.
         maximum: trials at most.
-        confidence: share of bootstrap draws in which ranks must be unchanged.
+        confidence: 1 less the chance, over all looks together, of calling ranks settled that endless trials would
+            change; for trials that scatter normally. See `enough`.
         moving: share of modules that may have another rank in a draw that counts as unchanged. With hundreds of
             modules some score always lies on the border of two ranks; 0 then asks for very many trials.
 
@@ -132,6 +161,14 @@ class TrialsRule:
                 remedy="use 0 < confidence ≤ 1 and 0 ≤ moving < 1",
             )
 
+    @property
+    def enough(self) -> float:
+        """The share of bootstrap draws in which ranks must be unchanged at one look, so that all looks together err
+        no more often than the confidence says.
+        """
+        looks = 1 + -(-(self.maximum - self.first) // self.step)
+        return 1 - (1 - self.confidence) / looks
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -140,8 +177,8 @@ class Settled:
     Attributes:
         scores: from all trials.
         trials: how many.
-        unchanged: share of bootstrap draws with unchanged ranks.
-        settled: whether that reaches the confidence; False where the maximum came first.
+        unchanged: share of bootstrap draws with unchanged ranks; a rougher figure where it is too small.
+        settled: whether that is enough; False where the maximum came first.
     """
 
     scores: ProbeScores
@@ -155,9 +192,9 @@ def until_settled(
 ) -> Settled:
     """The scores from the fewest trials at which integer ranks no longer change, or from the maximum.
 
-    The rule: after `first` trials, and after every `step` more, trials are drawn with replacement 200 times; stop as
-    soon as in at least the share `confidence` of the draws the ranks equal those from all trials (see
-    `unchanged_share`, also for `moving`).
+    The rule: after `first` trials, and after every `step` more, trials are drawn with replacement 1000 times; stop as
+    soon as in at least the share `rule.enough` of the draws the ranks equal those from all trials (see
+    `unchanged_share`, also for `moving`). The error that the confidence permits is divided among the looks.
 
     Args:
         probe: the scores from so many trials. Give it a `PartialProbe` to keep, so that only new trials are run.
@@ -169,7 +206,7 @@ def until_settled(
     trials = chosen.first
     while True:
         scores = probe(trials)
-        share = unchanged_share(scores, ranks_of, moving=chosen.moving, seed=seed)
-        if share >= chosen.confidence or trials == chosen.maximum:
-            return Settled(scores, trials, share, share >= chosen.confidence)
+        share = unchanged_share(scores, ranks_of, moving=chosen.moving, enough=chosen.enough, seed=seed)
+        if share >= chosen.enough or trials == chosen.maximum:
+            return Settled(scores, trials, share, share >= chosen.enough)
         trials = min(trials + chosen.step, chosen.maximum)

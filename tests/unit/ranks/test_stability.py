@@ -2,6 +2,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from treadle.errors import InputError, MismatchError
@@ -67,6 +68,73 @@ def test_the_bootstrap_finds_the_chance_of_another_rank() -> None:
     # The mean of ten draws from five 0 and five 1; its rank is that of the whole unless it falls below one half.
     share = unchanged_share(scores, lambda means: {"a": int(means["a"] >= 0.5)}, draws=2000)
     assert share == pytest.approx(0.623, abs=0.04)  # P(Binomial(10, ½) ≥ 5); 2000 draws: standard error 1.1%
+
+
+def test_draws_of_few_trials_scatter_as_students_t() -> None:
+    # The mean of n normal trials, less the true one and over its standard error s/√n, has Student's t; so have draws.
+    values = [-1.9, -0.6, 0.0, 0.6, 1.9]
+    scores = ProbeScores(
+        {"a": ModuleScore(LayerShape(4, 4), tuple((10 + value,) for value in values))}, "x", {}, 0, None
+    )
+    error = float(np.std(values, ddof=1)) / 5**0.5
+    share = unchanged_share(scores, lambda means: {"a": int(abs(means["a"] - 10) < 2 * error)}, draws=4000)
+    # P(|t₄| < 2) = .884; of plain draws 97% are that near, of draws with the right variance alone .95
+    assert share == pytest.approx(0.884, abs=0.03)  # standard error .5%, and five trials are not quite normal
+
+
+def test_draws_that_cannot_be_shared_out_have_other_ranks() -> None:
+    values = tuple((value,) for value in (0.0, 0.0, 3.0))
+    scores = ProbeScores({"a": ModuleScore(LayerShape(4, 4), values)}, "x", {}, 0, None)
+
+    def ranks(means: Mapping[str, float]) -> dict[str, int]:
+        if not means["a"]:
+            raise InputError("every score is 0", remedy="probe again")
+        return {"a": 1}
+
+    # (2/3)³ of the draws take no 3, and where χ² < 3, which with two degrees of freedom is likely by 1 - e^-1.5, their
+    # score is cut off at 0
+    assert unchanged_share(scores, ranks) == pytest.approx(0.770, abs=0.04)  # three standard errors
+
+
+def test_what_cannot_be_enough_any_more_ends_the_draws() -> None:
+    asked = 0
+
+    def ranks(means: Mapping[str, float]) -> dict[str, int]:
+        nonlocal asked
+        asked += 1
+        return dict.fromkeys(means, asked)
+
+    assert unchanged_share(made(5, noise=0.5), ranks, enough=0.99) == 0.0
+    assert asked == 1 + 11  # 10 of 1000 may differ
+
+
+@pytest.mark.parametrize(("gap", "runs", "settling"), [(0.02, 300, 0.02), (1.0, 30, 0.95)])
+def test_ranks_are_called_settled_wrongly_no_more_often_than_the_confidence_permits(
+    gap: float, runs: int, settling: float
+) -> None:
+    """One score, whose rank changes at 1, `gap` deviations of a trial away; the nearer, the more often the wrong side
+    wins. Asking each of the eight looks for 95% of plain draws errs in 22% of the runs with a gap of .02; asking it for
+    the eighth part of the error, but of plain draws, in 8%.
+    """
+    wrong = settled = 0
+    for number in range(runs):
+        trials = 1 + 0.3 * (gap + np.random.default_rng(number).normal(size=40))
+
+        def probe(count: int, trials: NDArray[np.float64] = trials) -> ProbeScores:
+            values = tuple((float(value),) for value in trials[:count].clip(0))
+            return ProbeScores({"a": ModuleScore(LayerShape(4, 4), values)}, "x", {}, 0, None)
+
+        found = until_settled(probe, lambda means: {"a": int(means["a"] > 1)}, seed=number)
+        settled += found.settled
+        wrong += found.settled and found.scores.means()["a"] <= 1
+    assert wrong <= 0.05 * runs  # with a gap of .02, 2.4% are expected, with a standard error of .9%
+    assert settled >= settling * runs
+
+
+def test_the_error_is_divided_among_the_looks() -> None:
+    assert TrialsRule().enough == pytest.approx(1 - 0.05 / 8)  # at 5, 10, …, 40 trials
+    assert TrialsRule(first=4, step=5, maximum=11, confidence=0.9).enough == pytest.approx(1 - 0.1 / 3)
+    assert TrialsRule(first=5, maximum=5).enough == pytest.approx(0.95)
 
 
 def test_trials_are_added_until_ranks_stand_still() -> None:
