@@ -179,8 +179,8 @@ def show_plan(made: Planned, *, json: bool) -> None:
         rows = {name: {"mean": s.mean, "standard_error": s.standard_error} for name, s in scores.items()}
         peers = [{key: value for key, value in vars(peer).items() if key != "scores"} for peer in made.peers]
         settled = made.settled
-        share = None if settled is None else {"trials": settled.trials, "unchanged": settled.unchanged}
-        print_json(content | {"scores": rows, "peers": peers, "settled": share})
+        share = None if settled is None else {key: value for key, value in vars(settled).items() if key != "scores"}
+        print_json(content | {"scores": rows, "peers": peers, "cannot": dict(made.cannot), "settled": share})
         return
     ranks = ranks_of(plan, made.scores)
     places = placed(list(ranks))
@@ -195,6 +195,8 @@ def show_plan(made: Planned, *, json: bool) -> None:
     if made.peers:
         columns = ("peer", "largest rank", "parameters", "Spearman of ranks", "of scores", "parameters moved")
         print_table("peers at the same budget", columns, [_peer(peer) for peer in made.peers])
+    for name, reason in made.cannot.items():
+        remark(f"{name} cannot be held against the plan: {reason}")
     say(
         f"{len(plan.modules)} modules, {count.lora_B:,} parameters in B and {count.lora_A:,} in A, "
         f"{plan.provenance['lost']} of {plan.provenance['budget']} left: {made.folder}"

@@ -6,8 +6,9 @@ for each module m, alone:
 r_m ∝ d_m,  Σ c_m r_m ≤ budget                         (or another rule's share; tied modules share a rank)
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
 from treadle.configs.plan import PlanRun, Replan, Shares, trials_of
-from treadle.errors import InputError, MismatchError
+from treadle.errors import InputError, MismatchError, TreadleError
 from treadle.family.injection import adapted_layers, linear_shapes
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
@@ -25,10 +26,10 @@ from treadle.ranks.allocation import Budget, allocate, plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.outputs import check_called, trunk_runner
 from treadle.ranks.partial import PartialProbe
-from treadle.ranks.probes import ProbeSettings, probe_scores
+from treadle.ranks.probes import PROBES, ProbeSettings, probe_scores
 from treadle.ranks.probing import COUNTS
 from treadle.ranks.scores import ProbeScores
-from treadle.ranks.stability import Settled, until_settled
+from treadle.ranks.stability import Settled, split_half, until_settled
 from treadle.recipes.rank_peers import Peer, check_names, is_probe, name_of, peer_of, settings_of
 from treadle.recipes.train import examples_of
 from treadle.train.objectives import Kind, kind_of
@@ -42,6 +43,7 @@ class Planned:
     """A plan, the scores that it was made of, and the peers that it is held against; all of it stands in `folder`.
 
     `settled`: whether more trials would have left its ranks as they are, where that was asked for.
+    `cannot`: peers that were asked for and could not be made → why not.
     """
 
     folder: Path
@@ -49,15 +51,17 @@ class Planned:
     scores: ProbeScores
     peers: tuple[Peer, ...] = ()
     settled: Settled | None = None
+    cannot: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     """The plan for `config.base`, also written as plan.json, with scores.json beside it, in the folder `config.out`.
 
-    An interrupted probe has left its values in a file beside `config.out`, and the next run goes on from there.
+    An interrupted probe has left its values in a file beside `config.out`, and the next run goes on from there. A peer
+    that cannot be made is told in the result and costs the plan nothing.
 
     Raises:
-        InputError: `config.out` exists, or the model, text, budget or a peer cannot be used.
+        InputError: `config.out` exists, a peer is unknown, or the model, text or budget cannot be used.
         UnsupportedError: a module is never called, so that no LoRA can act there, or cannot be probed.
         UnavailableError: the base must be fetched and cannot be, memory does not suffice, or the disk refuses.
     """
@@ -69,12 +73,12 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     _check_budget(shapes, config)
     inputs = probe_inputs(config, model, tokenizer)
     check_called(adapted_layers(model, shapes), inputs.batches, trunk_runner(model))
-    begun: list[Path] = []
+
+    def begun(probe: str) -> Path:
+        return config.out.with_name(f".{config.out.name}.{probe}.probe")
 
     def probed(settings: ProbeSettings) -> ProbeScores | Settled:
-        path = config.out.with_name(f".{config.out.name}.{name_of(settings)}.probe")
-        begun.append(path)
-        partial = PartialProbe(path)
+        partial = PartialProbe(begun(name_of(settings)))
 
         def scores_of(chosen: ProbeSettings) -> ProbeScores:
             scores = probe_scores(
@@ -87,11 +91,15 @@ def plan(config: PlanRun, progress: Progress = silent) -> Planned:
     budget = config.budget_for(shapes)
     mean_rank = _mean_rank(budget, shapes)
     own = probed(config.probe)
-    found = {name: probed(settings_of(name, mean_rank=mean_rank)) for name in config.compare if is_probe(name)}
-    made = _stored(config, _scores(own), {name: _scores(other) for name, other in found.items()})
-    made = replace(made, settled=own if isinstance(own, Settled) else None)
-    for path in begun:
-        path.unlink(missing_ok=True)
+    found, cannot = dict[str, ProbeScores](), dict[str, str]()
+    for name in filter(is_probe, config.compare):
+        try:
+            found[name] = _scores(probed(settings_of(name, mean_rank=mean_rank, own=asdict(config.probe))))
+        except TreadleError as error:
+            cannot[name] = str(error)
+    made = _stored(config, own, found, cannot=cannot)
+    for probe in PROBES:  # an earlier run may have been held against others
+        begun(probe).unlink(missing_ok=True)
     return made
 
 
@@ -135,7 +143,9 @@ def _file_of(probe: str) -> str:
 
 def _beside(path: Path, name: str, scores: ProbeScores, budget: Budget) -> ProbeScores:
     """The scores of another probe of the same modules, which an earlier plan has left beside its own."""
-    beside = path.with_name(_file_of(name))
+    beside, first = path.with_name(_file_of(name)), path.with_name(SCORES)
+    if not beside.exists() and first.exists() and ProbeScores.load(first).probe == name:
+        beside = first  # the given scores are a peer's themselves
     if not beside.exists():
         raise InputError(
             f"there is no {beside.name} beside the scores, and {name!r} needs the model",
@@ -147,9 +157,9 @@ def _beside(path: Path, name: str, scores: ProbeScores, budget: Budget) -> Probe
         raise MismatchError(
             "scores of another base, other modules or another probe", where=beside, remedy="probe again"
         )
-    wanted = asdict(settings_of(name, mean_rank=_mean_rank(budget, scores.shapes())))
+    wanted = asdict(settings_of(name, mean_rank=_mean_rank(budget, scores.shapes()), own=scores.settings))
     differs = [key for key, value in wanted.items() if key not in COUNTS and found.settings.get(key) != value]
-    if (found.seed, found.text) != (scores.seed, scores.text):
+    if (found.seed, found.text, found.text_sha256) != (scores.seed, scores.text, scores.text_sha256):
         differs.append("seed or text")
     if differs:
         raise MismatchError(
@@ -242,18 +252,25 @@ def _shared(scores: Mapping[str, float], shapes: Mapping[str, LayerShape], confi
 
 def _stored(
     config: PlanRun | Replan,
-    scores: ProbeScores,
+    probed: ProbeScores | Settled,
     others: Mapping[str, ProbeScores],
     *,
     kept: Mapping[str, bytes] = MappingProxyType({}),
+    cannot: Mapping[str, str] = MappingProxyType({}),
 ) -> Planned:
     """The plan and its peers, once they are written with the scores of the peers that are probes, and other files."""
+    scores, settled = _scores(probed), probed if isinstance(probed, Settled) else None
     budget, settings = config.budget_for(scores.shapes()), config.allocation
     made = plan_of_scores(scores, budget=budget, settings=settings)
-    peers = [
-        peer_of(name, scores, made, budget=budget, settings=settings, measured=others.get(name))
-        for name in config.compare
-    ]
+    made = replace(made, provenance={**made.provenance, **_sureness(scores, settled)})
+    peers, reasons = list[Peer](), dict(cannot)
+    for name in config.compare:
+        if name not in cannot:
+            measured = others.get(name)
+            try:
+                peers.append(peer_of(name, scores, made, budget=budget, settings=settings, measured=measured))
+            except InputError as error:
+                reasons[name] = str(error)
     with files.new_folder(config.out, overwrite=config.overwrite) as folder:
         scores.save(folder / SCORES)
         made.save(folder / PLAN)
@@ -261,4 +278,15 @@ def _stored(
             found.save(folder / _file_of(name))
         for name, content in kept.items():
             files.write_bytes(folder / name, content)
-    return Planned(config.out, made, scores, tuple(peers))
+    return Planned(config.out, made, scores, tuple(peers), settled, MappingProxyType(reasons))
+
+
+def _sureness(scores: ProbeScores, settled: Settled | None) -> dict[str, str]:
+    """How far halves of the trials, and of the texts, agree, and whether the ranks have settled; as far as is known."""
+    told: dict[str, str] = {}
+    for over in ("trials", "texts"):
+        with contextlib.suppress(InputError):  # one has no halves, and equal scores no order
+            told[f"split_half_{over}"] = f"{split_half(scores, over=over, seed=scores.seed):.3f}"
+    if settled is not None:
+        told |= {"settled": "yes" if settled.settled else "no", "unchanged": f"{settled.unchanged:.3f}"}
+    return told

@@ -8,6 +8,7 @@ a probe's name                            the same rule, for another probe's sco
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from treadle.errors import InputError
 from treadle.family.plan import RankPlan
@@ -16,11 +17,14 @@ from treadle.ranks.controls import controls
 from treadle.ranks.eva import EvaSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
 from treadle.ranks.rules import RULES, RuleName
-from treadle.ranks.scores import ProbeScores
+from treadle.ranks.scores import ProbeScores, Value
 from treadle.ranks.stability import spearman
 
 CONTROLS = ("uniform", "shuffled", "shuffled-in-shape", "reversed")
 """The names of `treadle.ranks.controls`."""
+
+COMPARED = ("output", "metric")
+"""What the settings of probes call what they look at, and how far apart it lies."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,15 @@ def is_probe(name: str) -> bool:
     return name in PROBES
 
 
-def settings_of(name: str, *, mean_rank: int) -> ProbeSettings:
-    """The settings with which the probe of this name is a peer: its defaults; of EVA, at the plan's mean rank."""
+def settings_of(name: str, *, mean_rank: int, own: Mapping[str, Value] = MappingProxyType({})) -> ProbeSettings:
+    """The settings with which the probe of this name is a peer: its defaults; of EVA, at the plan's mean rank.
+
+    What is compared, `COMPARED`, is as in `own`, the settings of the plan's probe, where both have it.
+    """
     default = PROBES[name]()
-    return replace(default, rank=max(1, mean_rank)) if isinstance(default, EvaSettings) else default
+    if isinstance(default, EvaSettings):
+        return replace(default, rank=max(1, mean_rank))
+    return replace(default, **{key: own[key] for key in COMPARED if key in own and hasattr(default, key)})
 
 
 def peer_of(

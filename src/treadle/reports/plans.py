@@ -42,6 +42,7 @@ def plan_page(made: Planned) -> str:
             "intervals": _intervals(scores),
             "peers": [_peer_row(peer, count.total) for peer in made.peers],
             "peer_maps": [(peer.name, _rank_map(peer.ranks, ranks, peer.name, top)) for peer in made.peers],
+            "cannot": made.cannot,
             "rows": [_row(made, name, ranks) for name in scores],
             "facts": {key: value or "–" for key, value in told.items()},
         },
@@ -54,6 +55,10 @@ def _power(values: Sequence[float]) -> int:
     return math.floor(math.log10(top)) if top > 0 else 0
 
 
+def _interval(score: ModuleScore) -> str:
+    return f"[{max(0.0, score.mean - score.margin):.4g}, {score.mean + score.margin:.4g}]"
+
+
 def _score_map(scores: Mapping[str, ModuleScore]) -> Markup:
     """Mean ± standard error, in one power of ten for all."""
     power = _power([score.mean for score in scores.values()])
@@ -62,7 +67,7 @@ def _score_map(scores: Mapping[str, ModuleScore]) -> Markup:
         places[name]: Cell(
             score.mean,
             f"{score.mean / 10.0**power:.2f} ±{score.standard_error / 10.0**power:.2f}",
-            f"{name}: {score.mean:.4g}, standard error {score.standard_error:.2g} of "
+            f"{name}: {score.mean:.4g}, 95% {_interval(score)}, standard error {score.standard_error:.2g} of "
             f"{len(score.values)} × {len(score.values[0])} values",
         )
         for name, score in scores.items()
@@ -106,7 +111,7 @@ def _intervals(scores: Mapping[str, ModuleScore]) -> Markup:
     for name in first:
         mean, error = scores[name].mean, beyond[name]
         low, high = max(0.0, mean - error), mean + error
-        tip = f"{name}: {mean:.4g} [{low:.4g}, {high:.4g}]"
+        tip = f"{name}: {mean:.4g} {_interval(scores[name])}"
         dots.append(Dot(name, "score", mean / top, low / top, high / top, tip))
     values = scores[first[0]].values
     over = " and ".join(name for name, count in (("trials", len(values)), ("texts", len(values[0]))) if count > 1)

@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,11 @@ from treadle.models.loading import load_tokenizer
 from treadle.ranks.allocation import Budget
 from treadle.ranks.controls import controls
 from treadle.ranks.jacobian import JacobianSettings
+from treadle.ranks.lowrank import LowRankSettings
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES
 from treadle.ranks.scores import ProbeScores
+from treadle.ranks.stability import split_half
 from treadle.recipes.family import new_family
 from treadle.recipes.plan import plan, probe_inputs, replan
 from treadle.recipes.rank_peers import CONTROLS
@@ -251,6 +253,21 @@ def test_trials_are_added_until_the_ranks_settle(run: PlanRun) -> None:
     assert json.loads(few.plan.provenance["probe_settings"])["trials"] == 2
     assert few.settled is not None
     assert few.settled.settled
+    assert few.plan.provenance["settled"] == "yes"
+    assert few.plan.provenance["unchanged"] == f"{few.settled.unchanged:.3f}"
+    assert RankPlan.load(run.out / "plan.json") == few.plan
+    assert made.plan.provenance["settled"] == ("yes" if made.settled.settled else "no")
+
+
+def test_the_plan_says_how_far_halves_agree(run: PlanRun, tmp_path: Path) -> None:
+    made = plan(run)  # of two trials and three texts
+    for over in ("trials", "texts"):
+        expected = split_half(made.scores, over=over)  # type: ignore[arg-type]
+        assert made.plan.provenance[f"split_half_{over}"] == f"{expected:.3f}"
+    single = {"out": tmp_path / "single", "probe": PerturbationSettings(trials=1)}
+    alone = plan(run.model_copy(update=single)).plan.provenance
+    assert "split_half_texts" in alone
+    assert "split_half_trials" not in alone
 
 
 def test_the_uniform_peer_is_uniform_whatever_rule_the_plan_goes_by(run: PlanRun) -> None:
@@ -289,6 +306,66 @@ def test_peers_share_out_the_same_budget(run: PlanRun) -> None:
         "scores-jacobian.json",
         "scores.json",
     ]
+
+
+def test_peers_compare_what_the_plan_compares(run: PlanRun, tmp_path: Path) -> None:
+    own = PerturbationSettings(trials=1, output="all", metric="l2")
+    made = plan(run.model_copy(update={"probe": own, "compare": ("jacobian", "perturbation-lowrank")}))
+    settings = {peer.name: dict(peer.scores.settings) for peer in made.peers if peer.scores is not None}
+    assert settings == {
+        "jacobian": asdict(JacobianSettings(output="all")),
+        "perturbation-lowrank": asdict(LowRankSettings(output="all", metric="l2")),
+    }
+    saved = run.out / "scores.json"
+    assert replan(Replan(scores=saved, out=tmp_path / "again", mean_rank=3, compare=("jacobian",))).peers
+    last = run.model_copy(update={"out": tmp_path / "last", "probe": JacobianSettings(), "compare": ()})
+    plan(last)
+    shutil.copy(last.out / "scores.json", run.out / "scores-jacobian.json")
+    with pytest.raises(MismatchError, match=r"scores-jacobian.json: measured with other settings \(output\)"):
+        replan(Replan(scores=saved, out=tmp_path / "other", mean_rank=3, compare=("jacobian",)))
+
+
+def test_a_peer_that_cannot_be_made_costs_the_plan_nothing(run: PlanRun) -> None:
+    names = ("gradient", "uniform", "eva", "jacobian")  # without answers, and with too few rows
+    text = ProbeText(sequences=3, tokens=5, batch=1)
+    made = plan(run.model_copy(update={"compare": names, "text": text}))
+    assert [peer.name for peer in made.peers] == ["uniform", "jacobian"]
+    assert set(made.cannot) == {"gradient", "eva"}
+    assert made.cannot["gradient"].startswith("the gradient probe needs labels; ")
+    assert "use larger batches (text.batch)" in made.cannot["eva"]
+    assert RankPlan.load(run.out / "plan.json") == made.plan
+    assert not list(run.out.parent.glob(".plan.*"))
+
+
+def test_rules_that_buy_nothing_cost_the_plan_nothing(run: PlanRun) -> None:
+    made = plan(run.model_copy(update={"mean_rank": None, "budget": Budget("ranks", 1), "minimum": 0, "multiple": 1,
+                                       "compare": ("floor", "ranking")}))  # fmt: skip
+    assert [peer.name for peer in made.peers] == ["ranking"]
+    assert "buys not one rank" in made.cannot["floor"]
+
+
+def test_scores_of_other_text_are_no_peers(run: PlanRun, tmp_path: Path) -> None:
+    plan(run.model_copy(update={"compare": ("jacobian",)}))
+    other = {"out": tmp_path / "other", "probe": JacobianSettings(), "text": ProbeText(sequences=3, tokens=5)}
+    plan(run.model_copy(update=other))
+    shutil.copy(tmp_path / "other" / "scores.json", run.out / "scores-jacobian.json")
+    with pytest.raises(MismatchError, match=r"scores-jacobian.json: measured with other settings \(seed or text\)"):
+        replan(Replan(scores=run.out / "scores.json", out=tmp_path / "again", mean_rank=3, compare=("jacobian",)))
+
+
+def test_a_peers_scores_are_held_against_the_plans_own(run: PlanRun, tmp_path: Path) -> None:
+    first = plan(run.model_copy(update={"compare": ("jacobian",), "probe": PerturbationSettings()}))
+    saved = run.out / "scores-jacobian.json"
+    (peer,) = replan(Replan(scores=saved, out=tmp_path / "again", mean_rank=3, compare=("perturbation",))).peers
+    assert peer.scores == first.scores
+
+
+def test_what_an_interrupted_peer_has_left_goes_with_the_next_plan(run: PlanRun, tmp_path: Path) -> None:
+    left, foreign = tmp_path / ".plan.jacobian.probe", tmp_path / ".plan.b.jacobian.probe"
+    for path in (left, foreign):
+        path.write_bytes(b"{}\n")
+    plan(run)
+    assert (left.exists(), foreign.exists()) == (False, True)  # the second is a probe's of a plan "plan.b"
 
 
 def test_saved_scores_are_planned_with_again(run: PlanRun, base: Path, tmp_path: Path) -> None:

@@ -116,7 +116,16 @@ PEER = Peer(EVIL, None, dict(zip(SCORES.modules, (1, 2, 3), strict=True)), 96, 1
 
 
 def planned(text: str, *peers: Peer) -> Planned:
-    return Planned(Path("plan"), RankPlan(PLAN.modules, {"allocator": EVIL, "probe_text": text}), SCORES, peers)
+    plan = RankPlan(PLAN.modules, {"allocator": EVIL, "probe_text": text})
+    return Planned(Path("plan"), plan, SCORES, peers, cannot={EVIL: EVIL})
+
+
+def test_a_plans_page_tells_scores_with_their_intervals_and_peers_that_cannot() -> None:
+    page = plan_page(planned("public: pydoc"))
+    # of two values, .001 and .003, t₁ = 12.7 and the standard error .001: mean .002, ± .0127, cut off at 0
+    assert "model.layers.0.q_proj: 0.002, 95% [0, 0.01471], standard error 0.001 of 1 × 2 values" in page
+    assert "model.layers.0.q_proj: 0.002 [0, 0.01471]" in page  # in the chart of the highest scores
+    assert page.count("cannot be held against the plan") == 1
 
 
 PAGES = {
