@@ -382,7 +382,7 @@ def test_memory_that_runs_out_is_told_in_a_line(
         patch.setitem(tiny_llama.model.norm.__dict__, "forward", forward)
         with pytest.raises(UnavailableError, match="memory ran out on a batch of .* texts") as caught:
             run(name, tiny_llama, inputs)
-    assert "use smaller batches or fewer tokens" in str(caught.value)
+    assert "use smaller batches (text.batch) or fewer tokens (text.tokens)" in str(caught.value)
 
 
 @pytest.mark.parametrize(
