@@ -1,6 +1,10 @@
 """`treadle federate` in one process: TOMLs in, one PEFT folder out, and the state that survives a death."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from treadle.cli.app import main
 from treadle.cli.federation_tables import watch
 from treadle.configs.federate import FederateRun
 from treadle.errors import ConfigError, InputError, UnavailableError
@@ -126,6 +131,35 @@ def test_a_run_that_was_killed_goes_on_and_pays_for_no_round_twice(root: Path) -
         (line,) = Ledger.open(root / f"{name}.ledger").statements()
         assert [(run.releases, run.repeated) for run in line.runs] == [(3, 0)]
         assert made.adapter.provenance.settings[f"epsilon of {name}"] == line.spent
+
+
+def test_a_run_killed_by_the_system_is_resumed_by_the_command_and_no_debit_is_lost(root: Path) -> None:
+    """SIGKILL takes server and silos at once, wherever they are; whoever had paid without an answer pays again."""
+    for name in NAMES:
+        text = (root / f"{name}.toml").read_text()
+        (root / f"{name}.toml").write_text(text.replace('epsilon = "none"', "epsilon = 8.0"))
+    text = (root / "run.toml").read_text()
+    (root / "run.toml").write_text(text.replace("rounds = 3", "rounds = 8\nreserve_rounds = 1"))
+    command = [sys.executable, "-c", "from treadle.cli.app import main; main()", "federate", "run", f"{root}/run.toml"]
+    rounds = root / ".signs.federation" / "rounds.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (rounds.exists() and rounds.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
+    before = {name: Ledger.open(root / f"{name}.ledger").spent(f"{name}-signs") for name in NAMES}
+    with pytest.raises(SystemExit) as ended:
+        main(["federate", "resume", str(root / "run.toml")])
+    assert ended.value.code == 0
+    made = watched(load_toml(root / "run.toml", FederateRun))
+    assert [report.server_round for report in made.reports] == list(range(1, 9))
+    stated = Adapter.load(root / "signs").provenance.settings
+    for name in NAMES:
+        (line,) = Ledger.open(root / f"{name}.ledger").statements()
+        (run,) = line.runs
+        assert run.releases - run.repeated == 8
+        assert run.repeated <= 1  # only the round that was cut short
+        assert stated[f"epsilon of {name}"] == line.spent > before[name] > 0
 
 
 def test_watching_ends_with_a_run_that_ended_early() -> None:

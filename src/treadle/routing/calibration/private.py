@@ -12,7 +12,6 @@ from torch import Tensor
 from treadle import files
 from treadle.errors import FormatError, InputError, MismatchError
 from treadle.family.adapter import Adapter, is_privacy
-from treadle.privacy.joint import Cost, largest
 from treadle.routing.calibration.statistics import Method, Statistics
 from treadle.routing.factors import LayerFactors
 
@@ -89,9 +88,10 @@ def pooled(released: Sequence[ReleasedNorms], *, where: object = None) -> Releas
     modules = set.intersection(*(set(one.mean) for one in released))
     mean = {module: fmean(one.mean[module] for one in released) for module in sorted(modules)}
     square = {m: fmean(one.std[m] ** 2 + (one.mean[m] - mean[m]) ** 2 for one in released) for m in mean}
-    cost = largest([Cost(one.epsilon, one.delta) for one in released])
+    known = [one.epsilon for one in released if one.epsilon is not None]
+    epsilon = max(known) if len(known) == len(released) else None
     std = {module: math.sqrt(value) for module, value in square.items()}
-    return ReleasedNorms(mean, std, released[0].B_digest, cost.epsilon, max(one.delta for one in released))
+    return ReleasedNorms(mean, std, released[0].B_digest, epsilon, max(one.delta for one in released))
 
 
 def _numbers(value: object) -> dict[str, float]:
