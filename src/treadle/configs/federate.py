@@ -43,6 +43,22 @@ class ClientPrivacy(TomlTable):
     max_update_norm: float = Field(default=1.0, gt=0)
 
 
+class Judge(TomlTable):
+    """Public rows on which the server measures the adapter after every round: of what is noised already, free of ε.
+
+    Attributes:
+        data: the rows; a task's training split.
+        base: where the family's base model is on the server, if its own label does not say.
+        device: "auto", "cpu", "cuda", …
+    """
+
+    data: Annotated[
+        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
+    ]
+    base: str | None = None
+    device: str = "auto"
+
+
 class FederateRun(TomlTable):
     """Which adapter a federation trains, and how.
 
@@ -57,6 +73,7 @@ class FederateRun(TomlTable):
         silos: the silos' TOML files, to run all of them on this machine.
         grid: how: "in-process", one after the other, or "simulation", Flower's own on Ray, each in a worker process.
         superlink: the server that real silos connect to, in place of `silos`.
+        judge: measures accuracy after every round, on public rows; None for no accuracy.
         page: an HTML page that is refreshed after every round.
         overwrite: whether a folder at `out` is replaced.
     """
@@ -71,6 +88,7 @@ class FederateRun(TomlTable):
     silos: tuple[Path, ...] = ()
     grid: Literal["in-process", "simulation"] = "in-process"
     superlink: SuperLink | None = None
+    judge: Judge | None = None
     page: Path | None = None
     overwrite: bool = False
 

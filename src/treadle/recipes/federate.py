@@ -15,21 +15,27 @@ from pathlib import Path
 from treadle.configs.federate import FederateRun, SiloRun
 from treadle.errors import ConfigError, InputError
 from treadle.family.adapter import Adapter
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.files import checked_name, refuse_existing
 from treadle.privacy.noise import SystemRandomness
 from treadle.progress import Progress, silent
+from treadle.recipes.bases import loaded_base
 from treadle.recipes.silo import silo_client
-from treadle.recipes.train import alone
+from treadle.recipes.train import alone, examples_of
 from treadle.toml import load_toml
+from treadle.train.accuracy import accuracy_of
 from treadle.train.federated.checkpoint import STATE, RunFolder, facts_of, read_reports
 from treadle.train.federated.client import Silo
 from treadle.train.federated.client_privacy import ClientPrivacyPlan, ClientPrivacySettings
+from treadle.train.federated.factors import GlobalState
 from treadle.train.federated.federation import Federation
 from treadle.train.federated.result import federated_adapter
 from treadle.train.federated.run import Grid, federate, in_process_grid
 from treadle.train.federated.simulation import simulated
 from treadle.train.federated.standing import RoundReport
+from treadle.train.rows import encoded
+from treadle.train.settings import PrivateSettings
 
 _LOG = logging.getLogger("treadle.federated")
 
@@ -163,7 +169,7 @@ def federate_on(
             progress(line_of(report), report.server_round, config.work.rounds)
             seen(watched(config))
 
-        finished = federate(federation, grid, folder, told)
+        finished = federate(federation, grid, folder, told, _judge(config, federation.family, progress))
         if finished.progressed.server_round == 0:
             raise InputError(f"no round was done: {finished.why}", remedy="mend that, then run again")
         clients = config.rules.clients
@@ -233,6 +239,21 @@ def _client_privacy(config: FederateRun) -> ClientPrivacyPlan | None:
     return settings.plan(SystemRandomness())
 
 
+def _judge(config: FederateRun, family: AdapterFamily, progress: Progress) -> Callable[[GlobalState], float | None]:
+    """What measures a state on the server's public rows; it says nothing where there are none.
+
+    Raises:
+        InputError: the rows or the base cannot be used; said before anybody is asked for anything.
+        MismatchError: the base is not the family's.
+    """
+    if config.judge is None:
+        return lambda state: None
+    examples = examples_of(config.judge.data, shares={}, seed=0)
+    model, tokenizer = loaded_base(family.base, config.judge.base, device=config.judge.device, progress=progress)
+    rows = encoded(model, tokenizer, examples, PrivateSettings(max_length=config.work.max_length, overlong="cut"))
+    return lambda state: accuracy_of(model, Factors(state.lora_A, state.lora_B), rows)
+
+
 def _warn(federation: Federation) -> None:
     """Say so where there are too few clients for privacy of whole ones."""
     privacy, count = federation.client_privacy, federation.family.plan.count()
@@ -264,4 +285,6 @@ def state_folder(config: FederateRun) -> Path:
 def line_of(report: RoundReport) -> str:
     """One round in one line."""
     accepted = sum(row.outcome == "accepted" for row in report.clients)
-    return f"{accepted} of {len(report.clients)} clients, mean update {report.mean_norm:.3g}, {report.seconds:.1f} s"
+    judged = "" if report.accuracy is None else f", accuracy {report.accuracy:.3f}"
+    took = f"mean update {report.mean_norm:.3g}, {report.seconds:.1f} s"
+    return f"{accepted} of {len(report.clients)} clients{judged}, {took}"

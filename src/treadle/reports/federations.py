@@ -1,5 +1,7 @@
 """The page of a federation, written anew after every round; all of it is free of ε."""
 
+import math
+
 from markupsafe import Markup
 
 from treadle.recipes.federate import Watched
@@ -33,6 +35,7 @@ def federation_page(now: Watched) -> str:
         "norms": line_chart(norms, tints, title="norm of every update", x_label="round", y_label="norm of the update")
         if rounds
         else None,
+        "accuracy": _accuracy(now),
         "noise": line_chart(
             {"noise-to-signal": [_number(report.noise_to_signal) for report in now.reports]},
             {"noise-to-signal": PALETTE[1]},
@@ -45,6 +48,20 @@ def federation_page(now: Watched) -> str:
         "cosines": _cosines(now) if rounds else None,
     }
     return rendered("federation.html.jinja", content)
+
+
+def _accuracy(now: Watched) -> Markup | None:
+    """On the server's public rows, where it has any."""
+    values = [_number(report.accuracy) for report in now.reports]
+    if all(map(math.isnan, values)):
+        return None
+    return line_chart(
+        {"accuracy": values},
+        {"accuracy": PALETTE[2]},
+        title="accuracy on the server's public rows",
+        x_label="round",
+        y_label="share of rows answered rightly",
+    )
 
 
 def _number(value: float | None) -> float:

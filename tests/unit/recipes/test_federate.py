@@ -10,19 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from treadle.cli.app import main
-from treadle.cli.federation_tables import watch
+from treadle.cli.federation_tables import page_of, watch
 from treadle.configs.federate import FederateRun
+from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, UnavailableError
 from treadle.family.adapter import Adapter
+from treadle.family.factors import Factors
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
+from treadle.models.loading import load_model
 from treadle.privacy.ledger import Ledger
-from treadle.recipes.federate import Watched, federate_in_process, watched
+from treadle.recipes.federate import Watched, federate_in_process, line_of, watched
 from treadle.toml import load_toml
+from treadle.train.accuracy import accuracy_of
+from treadle.train.rows import encoded
+from treadle.train.settings import PrivateSettings
 
 NAMES = ("north", "south", "east")
 
@@ -131,6 +137,42 @@ def test_a_run_that_was_killed_goes_on_and_pays_for_no_round_twice(root: Path) -
         (line,) = Ledger.open(root / f"{name}.ledger").statements()
         assert [(run.releases, run.repeated) for run in line.runs] == [(3, 0)]
         assert made.adapter.provenance.settings[f"epsilon of {name}"] == line.spent
+
+
+JUDGE = """
+[judge]
+base = "{root}/base"
+[judge.data]
+source = "{root}/{rows}.jsonl"
+prompt = "question {{text}} answer"
+completion = " {{label}}"
+"""
+
+
+def test_the_server_measures_every_round_on_public_rows(root: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = (root / "run.toml").read_text().replace("local_steps = 2", "local_steps = 15")
+    text = text.replace("expected_batch = 4\nlearning_rate = 0.1", "expected_batch = 12\nlearning_rate = 0.3")
+    text = text.replace("[rules]", 'optimizer = "adam"\n[rules]')
+    (root / "run.toml").write_text(text + JUDGE.format(root=root, rows="north"))
+    page = root / "signs.html"
+    made = federate_in_process(load_toml(root / "run.toml", FederateRun), seen=page_of(page))
+    model, adapter = load_model(str(root / "base"), device="cpu"), made.adapter
+    examples = [Example(f"question w{40 + i} answer", f" {'good' if i % 2 else 'bad'}") for i in range(12)]
+    rows = encoded(model, tiny_tokenizer, examples, PrivateSettings())
+    last = accuracy_of(model, Factors(adapter.lora_A, {name: 2.0 * B for name, B in adapter.lora_B.items()}), rows)
+    measured = [report.accuracy for report in made.reports]
+    assert (len(measured), measured[-1]) == (3, last)
+    assert last > 0  # something was learnt, so that equal says something
+    assert f"accuracy {last:.3f}" in line_of(made.reports[-1])
+    assert "Accuracy on public rows" in page.read_text()
+
+
+def test_a_judge_that_cannot_judge_is_told_before_anybody_pays(root: Path) -> None:
+    with (root / "run.toml").open("a") as file:
+        file.write(JUDGE.format(root=root, rows="gone"))
+    with pytest.raises(InputError, match="gone.jsonl: no such file"):
+        federate_in_process(load_toml(root / "run.toml", FederateRun))
+    assert Ledger.open(root / "north.ledger").statements()[0].runs == ()
 
 
 def test_a_run_killed_by_the_system_is_resumed_by_the_command_and_no_debit_is_lost(root: Path) -> None:

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -37,7 +37,13 @@ class Finished:
     why: str
 
 
-def federate(federation: Federation, grid: Grid, folder: RunFolder, told: Callable[[RoundReport], None]) -> Finished:
+def federate(
+    federation: Federation,
+    grid: Grid,
+    folder: RunFolder,
+    told: Callable[[RoundReport], None],
+    judged: Callable[[GlobalState], float | None] = lambda state: None,
+) -> Finished:
     """The federation after its last round, its state kept in `folder` after each.
 
     Args:
@@ -45,6 +51,7 @@ def federate(federation: Federation, grid: Grid, folder: RunFolder, told: Callab
         grid: reaches the clients: in this process, or a SuperLink's.
         folder: a run that has begun there goes on.
         told: called after every round.
+        judged: the accuracy of a state on public rows, for the round's report.
 
     Raises:
         UnavailableError: too few clients answered, or the disk refuses; the rounds before are kept.
@@ -58,6 +65,7 @@ def federate(federation: Federation, grid: Grid, folder: RunFolder, told: Callab
         folder.save_state(progressed)  # before anybody is asked: replies are kept under the run's name
 
     def keep(after: Progressed, report: RoundReport) -> None:
+        report = replace(report, accuracy=judged(after.state))
         folder.save(after, report)
         told(report)
 

@@ -67,6 +67,7 @@ class RoundReport:
         cosines: between the accepted clients' changes, in the order of their names.
         noise_to_signal: see `monitors.noise_to_signal`.
         missed: how far the new updates are from the mean of the clients', relative; 0 where aggregation is exact.
+        accuracy: after it, on the server's public rows; None where it has none.
     """
 
     server_round: int
@@ -78,6 +79,7 @@ class RoundReport:
     cosines: tuple[tuple[float, ...], ...]
     noise_to_signal: float | None
     missed: float
+    accuracy: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """The report as a JSON object."""
