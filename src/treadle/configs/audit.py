@@ -1,11 +1,11 @@
 """The TOML of an audit of privacy: what is trained, with how many canaries, and how they are guessed about."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from treadle.configs.train import PrivacyPromise, SourceData, TaskData, kind_of_data
+from treadle.configs.train import PrivacyPromise, RowsData
 from treadle.toml import TomlTable
 from treadle.train.settings import PrivateSettings
 
@@ -93,9 +93,7 @@ class AuditRun(TomlTable):
     """
 
     family: Path
-    data: Annotated[
-        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
-    ]
+    data: RowsData
     privacy: PrivacyPromise
     dp_sgd: PrivateSettings = PrivateSettings()
     base: str | None = None

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-from treadle.configs.train import SiloLedger, SourceData, TaskData, kind_of_data, refuse_limit
+from treadle.configs.train import RowsData, SiloLedger, refuse_limit
 from treadle.toml import TomlTable
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
@@ -52,9 +52,7 @@ class Judge(TomlTable):
         device: "auto", "cpu", "cuda", …
     """
 
-    data: Annotated[
-        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
-    ]
+    data: RowsData
     base: str | None = None
     device: str = "auto"
 
@@ -153,9 +151,7 @@ class SiloRun(TomlTable):
 
     name: str
     folder: Path
-    data: Annotated[
-        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
-    ]
+    data: RowsData
     privacy: SiloPrivacy
     ledger: SiloLedger
     family: Path | None = None

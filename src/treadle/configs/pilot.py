@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from treadle.configs.family import PublicText
 from treadle.configs.federate import FederateRun, SuperLink
-from treadle.configs.train import SourceData, TaskData, kind_of_data
+from treadle.configs.train import RowsData
 from treadle.toml import TomlTable
 from treadle.train.federated.settings import LocalWork, RoundRules
 from treadle.train.federated.variants import VariantSettings
@@ -187,9 +187,7 @@ class PilotRun(TomlTable):
     base: str
     plan: Path
     out: Path
-    data: Annotated[
-        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
-    ]
+    data: RowsData
     grid: PilotGrid
     trials: PilotTrials
     go: Go

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
-from treadle.configs.train import SourceData, TaskData, kind_of_data
+from treadle.configs.train import RowsData
 from treadle.errors import InputError
 from treadle.family.plan import LayerShape
 from treadle.ranks.accumulating import AccumulatingSettings
@@ -125,10 +125,7 @@ class PlanRun(Shares):
     probe: Annotated[ProbeSettings, BeforeValidator(_named_probe)] = PerturbationSettings()
     settle: TrialsRule | None = None
     text: ProbeText = ProbeText()
-    examples: (
-        Annotated[Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)]
-        | None
-    ) = None
+    examples: RowsData | None = None
     compare: tuple[str, ...] = ()
     device: str = "auto"
     overwrite: bool = False

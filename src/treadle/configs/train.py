@@ -119,6 +119,12 @@ def kind_of_data(data: object) -> str:
     return "task" if task else "source"
 
 
+RowsData = Annotated[
+    Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
+]
+"""A table of a task or of a source, told apart by its keys."""
+
+
 class TrainRun(TomlTable):
     """Which adapter is trained, in which family, on what.
 
@@ -142,9 +148,7 @@ class TrainRun(TomlTable):
     family: Path
     name: str
     out: Path
-    data: Annotated[
-        Annotated[TaskData, Tag("task")] | Annotated[SourceData, Tag("source")], Discriminator(kind_of_data)
-    ]
+    data: RowsData
     base: str | None = None
     bare_share: float = Field(default=0.0, ge=0.0, le=1.0)
     variant_share: float = Field(default=0.0, ge=0.0, le=1.0)

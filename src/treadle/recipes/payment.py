@@ -5,6 +5,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from treadle import files
 from treadle.configs.train import SiloLedger, SourceData, TaskData, TrainRun
@@ -34,10 +35,15 @@ def opened_ledger(
         source: Path | bytes = Path(data.source)
     else:
         source = files.canonical_json([[example.prompt, example.completion] for example in examples])
-    allowed = epsilon if config.epsilon is None else math.inf if config.epsilon == "none" else config.epsilon
+    allowed = epsilon if config.epsilon is None else number_of(config.epsilon)
     ledger = Ledger.open(config.path)
     ledger.register(config.data, budget=Budget(allowed, delta), source=source)
     return ledger
+
+
+def number_of(epsilon: float | Literal["none"]) -> float:
+    """ε as a number: "none" is infinite."""
+    return math.inf if epsilon == "none" else float(epsilon)
 
 
 def payment_of(config: TrainRun, plan: DPPlan | None, examples: Sequence[Example]) -> Callable[[], None]:

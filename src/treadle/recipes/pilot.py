@@ -35,8 +35,8 @@ from treadle.recipes.family import new_family
 from treadle.recipes.federate import federate_in_process, state_folder
 from treadle.recipes.federated_trial import split
 from treadle.recipes.footprint import forget_peak, peak_bytes
+from treadle.recipes.payment import number_of
 from treadle.recipes.pilot_result import AtEpsilon, Check, Noise, PilotResult, Point, Trial, Tried
-from treadle.recipes.silo import number_of
 from treadle.recipes.simulated_silos import SimulatedSilos
 from treadle.recipes.train import examples_of
 from treadle.toml import load_toml, toml_text

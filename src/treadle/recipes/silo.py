@@ -1,8 +1,6 @@
 """A silo's TOML makes a client: its rows, its base model, its ledger, and terms that no server can change."""
 
-import math
 from functools import lru_cache
-from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +14,7 @@ from treadle.privacy.ledger import Ledger
 from treadle.privacy.plan import PrivacySettings
 from treadle.progress import Progress, silent
 from treadle.recipes.bases import loaded_base
-from treadle.recipes.payment import opened_ledger
+from treadle.recipes.payment import number_of, opened_ledger
 from treadle.recipes.train import examples_of
 from treadle.train.federated.client import Silo
 from treadle.train.federated.local import OpenedSilo, Terms, local_training
@@ -88,11 +86,6 @@ def check_terms(config: SiloRun) -> None:
     """
     privacy = config.privacy
     PrivacySettings(number_of(privacy.epsilon), privacy.delta, privacy.records, 1, rounds=1, local_steps=1)
-
-
-def number_of(epsilon: float | Literal["none"]) -> float:
-    """ε as a number: "none" is infinite."""
-    return math.inf if epsilon == "none" else float(epsilon)
 
 
 @lru_cache(maxsize=2)

@@ -88,10 +88,14 @@ def pooled(released: Sequence[ReleasedNorms], *, where: object = None) -> Releas
     modules = set.intersection(*(set(one.mean) for one in released))
     mean = {module: fmean(one.mean[module] for one in released) for module in sorted(modules)}
     square = {m: fmean(one.std[m] ** 2 + (one.mean[m] - mean[m]) ** 2 for one in released) for m in mean}
-    known = [one.epsilon for one in released if one.epsilon is not None]
-    epsilon = max(known) if len(known) == len(released) else None
     std = {module: math.sqrt(value) for module, value in square.items()}
-    return ReleasedNorms(mean, std, released[0].B_digest, epsilon, max(one.delta for one in released))
+    return ReleasedNorms(mean, std, released[0].B_digest, *_largest(released))
+
+
+def _largest(released: Sequence[ReleasedNorms]) -> tuple[float | None, float]:
+    """ε and δ, each the largest; ε None as soon as one is."""
+    known = [one.epsilon for one in released if one.epsilon is not None]
+    return max(known) if known and len(known) == len(released) else None, max(one.delta for one in released)
 
 
 def _numbers(value: object) -> dict[str, float]:
@@ -131,8 +135,7 @@ class PrivateCalibration:
             MismatchError: it was released about another lora_B.
         """
         found = [self._of(adapter) for adapter in adapters]
-        costs = [released.epsilon for released in found]
-        known = [epsilon for epsilon in costs if epsilon is not None]
+        epsilon, delta = _largest(found)
         return Statistics(
             {module: _column(module, [released.mean for released in found]) for module in layers},
             {module: _column(module, [released.std for released in found]) for module in layers},
@@ -142,8 +145,8 @@ class PrivateCalibration:
             0,  # how many tokens there were is not released
             ignored,
             tuple(adapter.digest for adapter in adapters),
-            epsilon=max(known) if known and len(known) == len(costs) else None,
-            delta=max(released.delta for released in found),
+            epsilon=epsilon,
+            delta=delta,
         )
 
     def _of(self, adapter: Adapter) -> ReleasedNorms:
