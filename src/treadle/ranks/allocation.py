@@ -1,7 +1,7 @@
 """From scores to ranks: a budget of parameters shared out in proportion to the scores, exactly.
 
-Everything is computed in rational numbers: the same scores give the same ranks whatever the order of the modules
-or the machine.
+Everything is computed in whole and in rational numbers: the same scores give the same ranks whatever the order of the
+modules or the machine.
 """
 
 import heapq
@@ -100,20 +100,24 @@ class AllocationSettings:
         return -(-max(self.least, 1) // self.multiple) * self.multiple
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Group:
-    """Modules on their way to one rank: their weight, the price of a rank of all, and the ranks that they may have."""
+    """Modules on their way to one rank: their weight, the price of a rank of all, and the ranks that they may have.
+
+    Weights of all groups are whole numbers of one small unit: sums and comparisons of them need no common denominator.
+    """
 
     name: str
     members: tuple[str, ...]
-    weight: Fraction
+    weight: int
     cost: int
     least: int
     most: int
 
-    def at(self, level: Fraction) -> Fraction:
-        """The rank, not yet whole, where one unit of weight earns `level` ranks."""
-        return min(max(level * self.weight, Fraction(self.least)), Fraction(self.most))
+    def parts(self, level: Fraction) -> int:
+        """The rank, not yet whole, where one of weight earns `level` ranks, times the level's denominator."""
+        whole = level.denominator
+        return min(max(level.numerator * self.weight, self.least * whole), self.most * whole)
 
 
 def allocate(
@@ -149,10 +153,11 @@ def allocate(
     """
     chosen = settings or AllocationSettings()
     groups = _groups(_checked(scores, shapes), shapes, budget, chosen)
-    ideal = _ideal_ranks(groups, budget)
-    ranks = {group: math.floor(ideal[group] / chosen.multiple) * chosen.multiple for group in groups}
+    level = _level(groups, budget)
+    step = level.denominator * chosen.multiple
+    ranks = {group: group.parts(level) // step * chosen.multiple for group in groups}
     if rule_of(chosen.rule).spends_rest:
-        _spend_rest(ranks, ideal, budget, chosen.multiple)
+        _spend_rest(ranks, level, budget, chosen.multiple)
     if not any(ranks.values()):
         raise InputError(f"a budget of {budget.value} ({budget.unit}) buys not one rank", remedy="raise the budget")
     own = {name: rank for group, rank in ranks.items() for name in group.members}
@@ -212,13 +217,17 @@ def _groups(
     """What gets ranks, with its limits, or the error that says what is wrong with them."""
     sizes = {name: shape.in_features + shape.out_features for name, shape in shapes.items()}
     weights = rule_of(settings.rule).weigh(scores, sizes)
-    found: list[_Group] = []
-    for members in groups_of(shapes, settings.ties):
-        costs = {name: budget.cost(shapes[name]) for name in members}
-        total = sum(costs.values())
-        weight = sum((weights[name] * costs[name] for name in members), Fraction(0)) / total
-        least, most = _limits(members, shapes, settings)
-        found.append(_Group(min(members), members, weight, total, least, most))
+    costs = {name: budget.cost(shape) for name, shape in shapes.items()}
+    prices = {members: sum(costs[name] for name in members) for members in groups_of(shapes, settings.ties)}
+    means = {
+        members: sum((weights[name] * costs[name] for name in members), Fraction(0)) / price
+        for members, price in prices.items()
+    }
+    unit = math.lcm(*(mean.denominator for mean in means.values()))
+    found = [
+        _Group(min(members), members, int(mean * unit), prices[members], *_limits(members, shapes, settings))
+        for members, mean in means.items()
+    ]
     needed = sum(group.cost * group.least for group in found)
     if needed > budget.value:
         raise InputError(
@@ -243,32 +252,34 @@ def _limits(members: Sequence[str], shapes: Mapping[str, LayerShape], settings: 
     return min(settings.rounded_up if settings.least > 0 else 0, whole), whole
 
 
-def _ideal_ranks(groups: Sequence[_Group], budget: Budget) -> dict[_Group, Fraction]:
-    """Ranks in proportion to the weights, within limits, that cost the budget, or all they may if it is larger."""
+def _level(groups: Sequence[_Group], budget: Budget) -> Fraction:
+    """How many ranks one of weight earns where ranks within limits cost the budget, or all they may if it is larger."""
 
     def cost_at(level: Fraction) -> Fraction:
-        return sum((group.cost * group.at(level) for group in groups), Fraction(0))
+        return Fraction(sum(group.cost * group.parts(level) for group in groups), level.denominator)
 
-    weighty = [group for group in groups if group.weight > 0]
     # Between two neighbouring levels no group meets a limit, so the cost is linear there.
-    levels = sorted({Fraction(limit) / group.weight for group in weighty for limit in (group.least, group.most)})
-    low, high = 0, len(levels) - 1
-    if cost_at(levels[high]) <= budget.value:
-        return {group: group.at(levels[high]) for group in groups}
+    limits = [(limit, group.weight) for group in groups if group.weight for limit in (group.least, group.most)]
+    # Two that differ, differ by 1/weight² or more: whole numbers of a half of that are in the same order.
+    bits = 1 + 2 * max(weight for _, weight in limits).bit_length()
+    limits.sort(key=lambda pair: (pair[0] << bits) // pair[1])
+    low, high = 0, len(limits) - 1
+    if cost_at(Fraction(*limits[high])) <= budget.value:
+        return Fraction(*limits[high])
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost_at(levels[middle]) <= budget.value else (low, middle)
-    start, end = cost_at(levels[low]), cost_at(levels[high])
-    level = levels[low] + (levels[high] - levels[low]) * (budget.value - start) / (end - start)
-    return {group: group.at(level) for group in groups}
+        low, high = (middle, high) if cost_at(Fraction(*limits[middle])) <= budget.value else (low, middle)
+    below, above = Fraction(*limits[low]), Fraction(*limits[high])
+    start, end = cost_at(below), cost_at(above)
+    return below + (above - below) * (budget.value - start) / (end - start)
 
 
-def _spend_rest(ranks: dict[_Group, int], ideal: Mapping[_Group, Fraction], budget: Budget, multiple: int) -> None:
+def _spend_rest(ranks: dict[_Group, int], level: Fraction, budget: Budget, multiple: int) -> None:
     """Raise ranks, the furthest below its ideal first, until the rest pays for no permitted step."""
-    rest = budget.value - _spent(ranks)
+    rest, whole = budget.value - _spent(ranks), level.denominator
     # Weight, then name, settle ties, so that neither order nor chance does.
     order = sorted(ranks, key=lambda group: (group.weight, group.name), reverse=True)
-    waiting = [(ranks[group] - ideal[group], place) for place, group in enumerate(order)]
+    waiting = [(ranks[group] * whole - group.parts(level), place) for place, group in enumerate(order)]
     heapq.heapify(waiting)
     while waiting:
         above, place = heapq.heappop(waiting)
@@ -277,7 +288,7 @@ def _spend_rest(ranks: dict[_Group, int], ideal: Mapping[_Group, Fraction], budg
         if step <= rest and ranks[chosen] + multiple <= chosen.most:  # else never again: the rest only shrinks
             ranks[chosen] += multiple
             rest -= step
-            heapq.heappush(waiting, (above + multiple, place))
+            heapq.heappush(waiting, (above + multiple * whole, place))
 
 
 def _spent(ranks: Mapping[_Group, int]) -> int:
