@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from treadle.data.prompts import Row, value_of
-from treadle.errors import FormatError
+from treadle.errors import FormatError, InputError
 
 _FORBID = {"extra": "forbid"}  # read by pydantic, which makes these from a task file
 
@@ -121,9 +121,9 @@ class Code:
         kind: "code".
         max_new_tokens: generated tokens at most.
         stop: texts that end the function, as the next definition does.
-        stub: of a row, that holds the function's beginning.
-        tests: of a row, that holds a function `check`.
-        entry_point: of a row, that holds the function's name.
+        stub: of a row, that holds the function's beginning; "" where the completion is the whole of it.
+        tests: of a row, that holds a function `check`, or statements that stand on their own, as a text or a list.
+        entry_point: of a row, that holds the name of the function for `check`; "" where the tests need none.
     """
 
     kind: Literal["code"]
@@ -141,8 +141,15 @@ class Code:
 
     def program(self, row: Row, *, where: object = None) -> tuple[str, str]:
         """What stands before and after a completion in the program that checks it."""
-        tests, entry = value_of(row, self.tests, where=where), value_of(row, self.entry_point, where=where)
-        return value_of(row, self.stub, where=where), f"\n{tests}\ncheck({entry})\n"
+        listed = row.get(self.tests)
+        places = range(len(listed)) if isinstance(listed, list) else (None,)
+        tests = [value_of(row, self.tests, place=place, where=where) for place in places]
+        if not tests:
+            raise InputError(f"field {self.tests!r} holds no test", where=where, remedy="leave the row out")
+        if self.entry_point:
+            tests.append(f"check({value_of(row, self.entry_point, where=where)})")
+        stub = value_of(row, self.stub, where=where) if self.stub else ""
+        return stub, "\n".join(["", *tests, ""])
 
     def cut(self, generated: str) -> str:
         """The generated text up to the first of the `stop` strings."""

@@ -8,8 +8,9 @@ from treadle.errors import ConfigError, InputError
 
 Row = Mapping[str, object]
 
-# `{{` and `}}` stand for braces, `{name}` for a field; whatever else has a brace is a mistake in the template.
-_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
+# `{{` and `}}` stand for braces, `{name}` for a field, `{name[0]}` for one of a field's list; whatever else has a brace
+# is a mistake in the template.
+_PIECE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)(?:\[([0-9]{1,6})\])?\}|[{}]")
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Example:
 class Template:
     r"""A prompt and a completion with `{field}` marks; `{{` and `}}` are literal braces.
 
-    Only plain names are fields: there is no attribute access, no index, no format specification, and what a field
-    holds is never read as a template.
+    A field is a plain name, `{field[0]}` the first of the list that it holds: there is no attribute access, no other
+    index, no format specification, and what a field holds is never read as a template.
 
     >>> Template("Classify: {text}\nAnswer:", " {label}").render({"text": "so {good}", "label": 1})
     ('Classify: so {good}\nAnswer:', ' 1')
 
     Raises:
-        ConfigError: a brace that is neither a plain `{field}` nor doubled.
+        ConfigError: a brace that is neither a `{field}`, a `{field[0]}` nor doubled.
     """
 
     prompt: str
@@ -66,7 +67,7 @@ def fields_of(text: str) -> tuple[str, ...]:
     """The fields that a template names, in order of appearance, each once.
 
     Raises:
-        ConfigError: a brace that is neither a plain `{field}` nor doubled.
+        ConfigError: a brace that is neither a `{field}`, a `{field[0]}` nor doubled.
     """
     found: dict[str, None] = {}
     for match in _PIECE.finditer(text):
@@ -76,7 +77,7 @@ def fields_of(text: str) -> tuple[str, ...]:
             excerpt = text[max(0, match.start() - 10) : match.end() + 20]
             raise ConfigError(
                 f"the template has a stray brace near {excerpt!r}",
-                remedy="write {name} for a field, {{ and }} for braces; attributes and indices are not read",
+                remedy="write {name} for a field, {name[0]} for one of its list, {{ and }} for braces; no more is read",
             )
     return tuple(found)
 
@@ -85,25 +86,37 @@ def fill(text: str, row: Row, *, where: object = None) -> str:
     """The template with each `{field}` replaced by the row's value, once: braces in values stay what they are.
 
     Raises:
-        InputError: the row lacks a field; names it, and the fields that there are.
+        InputError: the row lacks a field, or its list is too short; names it, and the fields that there are.
     """
     # A lambda, because the tests' type checker would compile a nested function anew at each call.
-    return _PIECE.sub(lambda m: value_of(row, m.group(1), where=where) if m.group(1) else m.group()[0], text)
+    return _PIECE.sub(
+        lambda m: value_of(row, m[1], place=int(m[2]) if m[2] else None, where=where) if m[1] else m[0][0], text
+    )
 
 
-def value_of(row: Row, name: str, *, where: object = None) -> str:
-    """The row's field as text.
+def value_of(row: Row, name: str, *, place: int | None = None, where: object = None) -> str:
+    """The row's field, or what stands at this place, from 0, of the list that it holds, as text.
 
     Raises:
-        InputError: there is no such field, or it is neither text nor a number.
+        InputError: there is no such field or place, or it is neither text nor a number.
     """
     value = row.get(name)
     if value is None:
         there = ", ".join(sorted(row)) or "none"
         raise InputError(f"no field {name!r}; the fields are: {there}", where=where, remedy="name one of these")
+    if place is not None:
+        if not isinstance(value, list):
+            kind = type(value).__name__
+            raise InputError(f"field {name!r} holds a {kind}, not a list", where=where, remedy=f"write {{{name}}}")
+        if place >= len(value):
+            raise InputError(
+                f"field {name!r} holds {len(value)}: none is {name}[{place}]", where=where, remedy="name one"
+            )
+        name, value = f"{name}[{place}]", value[place]
     if not isinstance(value, str | int | float):
         kind = type(value).__name__
-        raise InputError(f"field {name!r} holds a {kind}, not text or a number", where=where, remedy="flatten it")
+        remedy = f"write {{{name}[0]}} for its first" if isinstance(value, list) else "flatten it"
+        raise InputError(f"field {name!r} holds a {kind}, not text or a number", where=where, remedy=remedy)
     return str(value)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from treadle.data.metrics import Choices, Code, ExactMatch, LabelLikelihood
 from treadle.data.tasks import load_task
-from treadle.errors import FormatError
+from treadle.errors import FormatError, InputError
 
 GSM8K = ExactMatch("exact-match", 256, first_line=False, extract=r"####\s*\$?(-?[\d,]*\.?\d+)", ignore=",")
 
@@ -83,3 +83,15 @@ def test_a_program_is_stub_completion_tests_and_the_call() -> None:
     exec(before + "    return 1" + after, scope)
     with pytest.raises(AssertionError):
         exec(before + "    return 2" + after, scope)
+
+
+def test_tests_may_be_a_list_of_statements() -> None:
+    """As MBPP has them: no stub, no `check`."""
+    metric = Code("code", 8, stub="", tests="test_list", entry_point="")
+    before, after = metric.program({"test_list": ["assert f() == 1", "assert f() < 2"]})
+    exec(before + "def f():\n    return 1" + after, {})
+    for wrong in (0, 2):
+        with pytest.raises(AssertionError):
+            exec(before + f"def f():\n    return {wrong}" + after, {})
+    with pytest.raises(InputError, match="row 2: field 'test_list' holds no test"):
+        metric.program({"test_list": []}, where="row 2")

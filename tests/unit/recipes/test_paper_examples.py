@@ -10,8 +10,10 @@ from transformers import LlamaForCausalLM
 
 from treadle.configs.classify import ClassifyRun
 from treadle.configs.family import FamilyRun
-from treadle.configs.stages import Repeats, StagesRun
+from treadle.configs.stages import Repeats, StagesRun, SystemSource
+from treadle.data.prompts import fields_of
 from treadle.errors import UnsupportedError
+from treadle.evaluation.execution import prove_jail
 from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
@@ -23,15 +25,11 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "paper"
 RUNS = ("gsm8k", "mmlu", "humaneval")
 ROW = {
     "question": "w40 w41",
-    "answer": "A film #### 7",
-    "a": "1",
-    "b": "2",
-    "c": "3",
-    "d": "4",
-    "prompt": "def f ( ) :",
-    "canonical_solution": " w42",
-    "test": "assert f ( ) == 1",
-    "entry_point": "f",
+    "answer": "A film #### 2",
+    "choices": ["1", "2", "3", "4"],
+    "text": "a function of w40",
+    "code": "def f():\n    return 1",
+    "test_list": ["assert f() == 1", "assert f() < 2"],
 }
 
 
@@ -72,10 +70,18 @@ def test_the_family_is_the_published_one() -> None:
     assert len(family.equal.kinds or ()) == 6
 
 
-def test_the_voters_are_three_that_play_the_target() -> None:
-    run = load_toml(EXAMPLES / "gsm8k-systems.toml", ClassifyRun)
-    assert [voter.kind for voter in run.voters] == ["endpoint"] * 3
-    assert run.data.source == "hf:openai/gsm8k/main"
+@pytest.mark.parametrize("name", RUNS)
+def test_three_voters_who_play_the_target_label_the_rows_that_the_run_reads(name: str) -> None:
+    labels = load_toml(EXAMPLES / f"{name}-systems.toml", ClassifyRun)
+    assert [(voter.kind, voter.template) for voter in labels.voters if voter.kind == "endpoint"] == [
+        ("endpoint", "role-play")
+    ] * 3
+    assert labels.data.source.startswith("hf:")
+    run = load_toml(EXAMPLES / f"{name}.toml", StagesRun)
+    for system, data in run.systems.items():
+        assert isinstance(data, SystemSource)
+        assert (data.source, data.where) == (str(labels.out), {labels.label_field: system})
+        assert fields_of(labels.data.question + (labels.data.answer or "")) == fields_of(data.prompt + data.completion)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -109,7 +115,10 @@ def test_it_runs_on_a_tiny_model(name: str, tmp_path: Path, tiny_base: Path, tin
     if name == "humaneval":
         with pytest.raises(UnsupportedError, match="--allow-code-execution"):
             train_adapter_in_stages(shrunk)
-        return
-    made = train_adapter_in_stages(shrunk)
+        try:
+            prove_jail(allow_code_execution=True)
+        except UnsupportedError as error:
+            pytest.skip(str(error))
+    made = train_adapter_in_stages(shrunk, allow_code_execution=True)
     assert made.adapter.family is None
     assert made.adapter.provenance.settings["left_family"] == AdapterFamily.load(tmp_path / "family").fingerprint
