@@ -13,6 +13,8 @@ from treadle.errors import InputError
 # Spelled out, since help must not wait for torch; a test holds them to what the library knows.
 RuleOption = Literal["largest-remainder", "floor", "ranking", "sqrt", "per-parameter", "sqrt-per-parameter"]
 
+ControlOption = Literal["uniform", "shuffled", "shuffled-in-shape", "reversed"]
+
 UnitOption = Literal["total", "trainable", "ranks"]
 
 
@@ -36,6 +38,10 @@ def plan_command(
     ] = None,
     rule: Annotated[
         RuleOption | None, typer.Option("--rule", help="With --from: what ranks are in proportion to.")
+    ] = None,
+    control: Annotated[
+        ControlOption | None,
+        typer.Option("--control", help="With --from: equal scores, or those of other modules, for comparison."),
     ] = None,
     minimum: Annotated[int | None, typer.Option("--minimum", help="With --from: least rank; 0 lets drop.")] = None,
     maximum: Annotated[int | None, typer.Option("--maximum", help="With --from: largest rank.")] = None,
@@ -71,6 +77,7 @@ def plan_command(
         "budget": None if budget is None else {"unit": unit or "total", "value": budget},
         "unit": unit if budget is None else None,
         "rule": rule,
+        "control": control,
         "minimum": minimum,
         "maximum": maximum,
         "multiple": multiple,

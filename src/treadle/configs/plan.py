@@ -11,6 +11,7 @@ from treadle.errors import InputError
 from treadle.family.plan import LayerShape
 from treadle.ranks.accumulating import AccumulatingSettings
 from treadle.ranks.allocation import AllocationSettings, Budget, mean_rank_budget
+from treadle.ranks.controls import Control
 from treadle.ranks.perturbation import PerturbationSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
 from treadle.ranks.probing import COUNTS
@@ -158,6 +159,8 @@ class Replan(Shares):
     Attributes:
         scores: a scores.json of `treadle plan`.
         out: folder for plan.json and a copy of the scores.
+        control: what is shared out instead of the scores, for comparison: "uniform", or the scores of other modules,
+            "shuffled", "shuffled-in-shape" or "reversed".
         base: catalogue name, folder or hub id of the base, to be held against the one that the scores are of.
         compare: peers that need no probe, or whose scores stand beside `scores`.
         overwrite: whether a folder at `out` is replaced.
@@ -165,6 +168,7 @@ class Replan(Shares):
 
     scores: Path
     out: Path
+    control: Control | None = None
     base: str | None = None
     compare: tuple[str, ...] = ()
     overwrite: bool = False

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from treadle.errors import InputError, MismatchError
 from treadle.family.plan import LayerShape, RankPlan
+from treadle.ranks.controls import Control, controls
 from treadle.ranks.rules import RuleName, rule_of
 from treadle.ranks.scores import ProbeScores
 from treadle.ranks.ties import Ties, groups_of
@@ -177,19 +178,37 @@ def allocate(
     return RankPlan.of_ranks(shapes, own, scaling=chosen.scaling, provenance=provenance)
 
 
-def plan_of_scores(scores: ProbeScores, *, budget: Budget, settings: AllocationSettings | None = None) -> RankPlan:
+def plan_of_scores(
+    scores: ProbeScores,
+    *,
+    budget: Budget,
+    settings: AllocationSettings | None = None,
+    control: Control | None = None,
+) -> RankPlan:
     """The plan that `allocate` makes of a probe's scores, which says what it comes from: probe, base, text.
+
+    Args:
+        scores: the probe's.
+        budget: what may be spent.
+        settings: as `allocate`.
+        control: what is shared out instead of the scores; drawn by the scores' seed. "uniform" has no other rule than
+            the largest remainder, since one that weighs by size would not give equal scores equal ranks.
 
     Raises:
         InputError, MismatchError: as `allocate`.
     """
-    plan = allocate(scores.means(), scores.shapes(), budget=budget, settings=settings)
+    chosen = settings or AllocationSettings()
+    if control == "uniform":
+        chosen = replace(chosen, rule="largest-remainder", minimum=chosen.least)
+    means = scores.means() if control is None else controls(scores, seed=scores.seed)[control]
+    plan = allocate(means, scores.shapes(), budget=budget, settings=chosen)
     origin = {
         "probe": scores.probe,
         "probe_settings": json.dumps(dict(scores.settings)),
         "probe_seed": str(scores.seed),
         "probe_text": scores.text,
         "probe_text_sha256": scores.text_sha256 or "",
+        **({} if control is None else {"control": control}),
     }
     base = {} if scores.base is None else {"base": scores.base.name, "base_sha256": scores.base.sha256}
     return replace(plan, provenance={**plan.provenance, **base, **origin})

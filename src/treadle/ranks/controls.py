@@ -4,12 +4,15 @@ Each permutes or levels a probe's scores; ranks are allocated from them again at
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from treadle import randomness
 from treadle.ranks.scores import ProbeScores
+
+Control = Literal["uniform", "shuffled", "shuffled-in-shape", "reversed"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 def uniform_scores(scores: ProbeScores) -> dict[str, float]:
@@ -42,8 +45,8 @@ def reversed_scores(scores: ProbeScores) -> dict[str, float]:
     return {name: turned[name] for name in means}
 
 
-def controls(scores: ProbeScores, *, seed: int) -> Mapping[str, dict[str, float]]:
-    """Every control by name: "uniform", "shuffled" over all modules and over those of a shape, "reversed"."""
+def controls(scores: ProbeScores, *, seed: int) -> Mapping[Control, dict[str, float]]:
+    """Every control by name: all equal, shuffled over all modules and over those of a shape, reversed."""
     return {
         "uniform": uniform_scores(scores),
         "shuffled": shuffled_scores(scores, seed=seed),

@@ -112,7 +112,7 @@ def replan(config: Replan) -> Planned:
     """
     files.refuse_existing(config.out, overwrite=config.overwrite)
     scores = ProbeScores.load(config.scores)
-    check_names(config.compare, rule=config.rule, probe=scores.probe)
+    check_names(config.compare, rule=config.rule, probe=scores.probe, control=config.control)
     if scores.base is None:
         raise InputError("does not say which base was probed", where=config.scores, remedy="probe again")
     if config.base is not None and (given := identity_of(config.base)) != scores.base:
@@ -261,7 +261,8 @@ def _stored(
     """The plan and its peers, once they are written with the scores of the peers that are probes, and other files."""
     scores, settled = _scores(probed), probed if isinstance(probed, Settled) else None
     budget, settings = config.budget_for(scores.shapes()), config.allocation
-    made = plan_of_scores(scores, budget=budget, settings=settings)
+    control = config.control if isinstance(config, Replan) else None
+    made = plan_of_scores(scores, budget=budget, settings=settings, control=control)
     made = replace(made, provenance={**made.provenance, **_sureness(scores, settled)})
     peers, reasons = list[Peer](), dict(cannot)
     for name in config.compare:

@@ -12,16 +12,13 @@ from types import MappingProxyType
 
 from treadle.errors import InputError
 from treadle.family.plan import RankPlan
-from treadle.ranks.allocation import AllocationSettings, Budget, allocate
-from treadle.ranks.controls import controls
+from treadle.ranks.allocation import AllocationSettings, Budget, plan_of_scores
+from treadle.ranks.controls import CONTROLS, Control
 from treadle.ranks.eva import EvaSettings
 from treadle.ranks.probes import PROBES, ProbeSettings
 from treadle.ranks.rules import RULES, RuleName
 from treadle.ranks.scores import ProbeScores, Value
 from treadle.ranks.stability import spearman
-
-CONTROLS = ("uniform", "shuffled", "shuffled-in-shape", "reversed")
-"""The names of `treadle.ranks.controls`."""
 
 COMPARED = ("output", "metric")
 """What the settings of probes call what they look at, and how far apart it lies."""
@@ -50,7 +47,7 @@ class Peer:
     score_correlation: float | None
 
 
-def check_names(names: Sequence[str], *, rule: RuleName, probe: str) -> None:
+def check_names(names: Sequence[str], *, rule: RuleName, probe: str, control: Control | None = None) -> None:
     """Nothing, where every name is a peer's.
 
     Raises:
@@ -60,7 +57,7 @@ def check_names(names: Sequence[str], *, rule: RuleName, probe: str) -> None:
     for place, name in enumerate(names):
         if name not in known:
             raise InputError(f"no such peer {name!r}", remedy=f"choose among {', '.join(known)}")
-        if name in (rule, probe) or name in names[:place]:
+        if name in (rule, probe, control) or name in names[:place]:
             raise InputError(f"{name!r} is in the comparison already", remedy="name each peer once")
 
 
@@ -107,12 +104,10 @@ def peer_of(
     Raises:
         InputError: the scores leave nothing to share out.
     """
-    levelled = controls(scores, seed=scores.seed)
-    own = levelled[name] if name in levelled else (measured or scores).means()
-    # A rule that weighs by size would not give equal scores equal ranks, and uniform means those.
-    rule = "largest-remainder" if name == "uniform" else next((rule for rule in RULES if rule == name), settings.rule)
+    rule = next((rule for rule in RULES if rule == name), settings.rule)
     limits = replace(settings, rule=rule, minimum=settings.least)  # the plan's own, not the rule's
-    shared = allocate(own, scores.shapes(), budget=budget, settings=limits)
+    control: Control | None = next((known for known in CONTROLS if known == name), None)
+    shared = plan_of_scores(measured or scores, budget=budget, settings=limits, control=control)
     ranks, planned = ranks_of(shared, scores), ranks_of(plan, scores)
     sizes = {module: shape.in_features + shape.out_features for module, shape in scores.shapes().items()}
     return Peer(
@@ -122,7 +117,7 @@ def peer_of(
         shared.count().total,
         sum(max(0, planned[module] - ranks[module]) * size for module, size in sizes.items()),
         _correlation(planned, ranks),
-        None if measured is None else _correlation(scores.means(), own),
+        None if measured is None else _correlation(scores.means(), measured.means()),
     )
 
 

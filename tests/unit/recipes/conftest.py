@@ -11,6 +11,8 @@ from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedToke
 
 from treadle.configs.bench.partition import ParWorldRun
 from treadle.configs.fleet import FleetSettings
+from treadle.configs.plan import PlanRun, ProbeText
+from treadle.ranks.perturbation import PerturbationSettings
 from treadle.train.settings import SftSettings
 
 
@@ -26,6 +28,18 @@ def tiny_base(
     tiny_llama.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture
+def plan_run(tiny_base: Path, tmp_path: Path) -> PlanRun:
+    """A plan of the tiny base in seconds, at `plan` beside it."""
+    return PlanRun(
+        base=str(tiny_base),
+        out=tmp_path / "plan",
+        mean_rank=3,
+        probe=PerturbationSettings(trials=2),
+        text=ProbeText(sequences=3, tokens=6),
+    )
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from treadle.data.tasks import Condition
+from treadle.ranks.controls import Control
 from treadle.ranks.rules import RuleName
 from treadle.toml import TomlTable
 from treadle.train.settings import SftSettings
@@ -85,7 +86,7 @@ class RankArm(TomlTable):
     probe: str = "perturbation"
     text: str = "public"
     rule: RuleName = "largest-remainder"
-    control: Literal["uniform", "shuffled", "shuffled-in-shape", "reversed"] | None = None
+    control: Control | None = None
 
 
 class RankCell(TomlTable):
