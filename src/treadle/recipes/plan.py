@@ -21,6 +21,7 @@ from treadle.family.injection import adapted_layers, linear_shapes
 from treadle.family.plan import LayerShape, RankPlan
 from treadle.models.identity import BaseIdentity
 from treadle.models.loading import identity_of, load_model, load_tokenizer
+from treadle.models.positions import positions_of
 from treadle.progress import Progress, silent
 from treadle.ranks.allocation import Budget, allocate, plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
@@ -183,8 +184,8 @@ def probe_inputs(config: PlanRun, model: PreTrainedModel, tokenizer: PreTrainedT
     """
     inputs = _read(config, model, tokenizer)
     longest = max(batch.shape[1] for batch in inputs.batches)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < longest:  # -1 is XLNet's word for none
+    limit = positions_of(model)
+    if limit is not None and limit < longest:
         raise InputError(
             f"key 'text.tokens': a text has {longest} tokens, the model {limit} positions",
             remedy=f"set it to at most {limit}",

@@ -25,6 +25,7 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes, trainable_factors
 from treadle.family.plan import RankPlan
 from treadle.models.loading import load_model
+from treadle.models.positions import positions_of
 from treadle.privacy.noise import SeededRandomness, SystemRandomness, noised
 from treadle.privacy.plan import PrivacySettings
 from treadle.progress import Progress, silent
@@ -199,9 +200,8 @@ def _opened(silo: SiloRun, run: FederateRun | None, memory: int | None, progress
     else:
         raise ConfigError("neither a family nor a base is named", where="probe", remedy="name RUN.toml or the base")
     kind_of(model)
-    positions = getattr(model.config, "max_position_embeddings", None)
     tokens = _LENGTH if run is None else run.work.max_length
-    tokens = min(tokens, positions) if isinstance(positions, int) else tokens
+    tokens = min(tokens, positions_of(model) or tokens)
     limit = memory if memory is not None else peak_of_now(model.device) + int(0.8 * free_bytes(model.device))
     return _Subject(model, base, plan, tokens, _BATCH if run is None else run.work.expected_batch, limit)
 

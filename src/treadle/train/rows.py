@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from treadle import files, randomness
 from treadle.data.prompts import Example, cut_prompt
 from treadle.errors import InputError
+from treadle.models.positions import positions_of
 from treadle.train.objectives import Kind, kind_of
 from treadle.train.settings import PrivateSettings, SftSettings
 
@@ -95,8 +96,7 @@ def encoded(
 
 
 def _limit(model: PreTrainedModel, settings: SftSettings | PrivateSettings) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(settings.max_length, positions) if isinstance(positions, int) else settings.max_length
+    return min(settings.max_length, positions_of(model) or settings.max_length)
 
 
 def _row(

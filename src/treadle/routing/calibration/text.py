@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from treadle.errors import InputError, UnsupportedError
 from treadle.family.injection import Attachment, Delta, adapted_layers
 from treadle.family.plan import LayerShape
+from treadle.models.positions import positions_of
 from treadle.progress import Progress, silent
 from treadle.routing.rows import layouts
 
@@ -131,8 +132,7 @@ def _rows_alone(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def longest_passage(model: PreTrainedModel) -> int:
     """How many tokens of a passage are read: 512, or as many as the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return min(512, limit) if isinstance(limit, int) and limit > 0 else 512
+    return min(512, positions_of(model) or 512)
 
 
 def _selected(x: Tensor, masks: Sequence[Tensor], module: str) -> tuple[Tensor, Tensor]:
