@@ -95,6 +95,9 @@ def test_differences_pair_the_seeds_and_the_goal_counts_tasks() -> None:
     assert 0.02 < float(str(row["minus_uniform_low"])) < 0.031
     assert row["minus_shuffled_p"] == 0.25  # three differences of one sign
     assert summary(config, runs[:-1]).metrics["tasks_beating_uniform_and_shuffled"].holds is None
+    alone = summary(config.model_copy(update={"cells": (RankCell(task="sst2", mean_rank=2),)}), runs)
+    metric = alone.metrics["tasks_beating_uniform_and_shuffled"]
+    assert (metric.goal, metric.holds) == (None, None)  # one task decides no goal of two
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,7 @@ BENCHMARKS: Mapping[str, Benchmark[Any]] = {
     "rank-depth": Benchmark(RankDepthRun, _rank_depth, rank_depth.summary),
     "rank-probe-cost": Benchmark(RankProbeCostRun, _rank_probe_cost, rank_probe_cost.summary),
     "rank-worth": _named("rank-worth", RankWorthRun, _rank_worth, rank_worth.summary),
+    "rank-worth-8": _named("rank-worth-8", RankWorthRun, _rank_worth, rank_worth.summary),
     "rank-worth-100": _named("rank-worth-100", RankWorthRun, _rank_worth, rank_worth.summary),
     "rank-worth-500": _named("rank-worth-500", RankWorthRun, _rank_worth, rank_worth.summary),
     "rank-worth-smollm2": _named("rank-worth-smollm2", RankWorthRun, _rank_worth, rank_worth.summary),

@@ -312,13 +312,18 @@ def summary(config: RankWorthRun, runs: Sequence[Mapping[str, object]]) -> Bench
 
 
 def _judged(config: RankWorthRun, found: BySeed) -> Metric:
-    """The tasks where the chosen arm's intervals over both lie above zero; undecided until all test seeds have run."""
+    """The tasks where the chosen arm's intervals over both lie above zero; undecided until all test seeds have run.
+
+    The goal is two tasks: a study of one has none.
+    """
     chosen = {(task, rank, arm) for task, rank, arm in found if arm not in (UNIFORM, SHUFFLED)}
     wins, complete = 0, bool(chosen)
     for task, rank, arm in chosen:
         sides = [_paired(found, (task, rank), str(arm), other) for other in (UNIFORM, SHUFFLED)]
         complete &= all(len(side) == len(config.test_seeds) for side in sides)
         wins += all(len(side) > 1 and mean_interval(list(side.values())).low > 0 for side in sides)
-    complete &= len({task for task, _, _ in chosen}) == len({cell.task for cell in config.cells})
-    metric = Metric.against(float(wins) if chosen else math.nan, "tasks", at_least=2.0)
+    tasks = {cell.task for cell in config.cells}
+    complete &= {task for task, _, _ in chosen} == tasks
+    goal = 2.0 if len(tasks) > 1 else None
+    metric = Metric.against(float(wins) if chosen else math.nan, "tasks", at_least=goal)
     return metric if complete else metric.undecided()
