@@ -31,7 +31,8 @@ class SourceData(TomlTable):
 
     Attributes:
         source: a .jsonl or .csv file, or `hf:NAME`; see `read_rows`.
-        prompt: template of what stands before the answer, such as "Review: {text} Sentiment:".
+        prompt: template of what stands before the answer, such as "Review: {text} Sentiment:"; `{choices[0]}` is the
+            first of the list that a field holds.
         completion: template of the answer, with the white space that joins it, such as " {label}".
         bare: the prompt without its instruction; needed where `bare_share` is above 0.
         variants: the prompt with other instructions; needed where `variant_share` is above 0.
