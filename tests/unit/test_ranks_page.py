@@ -53,7 +53,7 @@ def grown(folder: str, name: str) -> Adapter:
 def test_the_commands_of_the_page_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if line.startswith("    treadle ")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     run, *again, resized = lines
     treadle(run)
     page = (place / "plan.html").read_text(encoding="utf-8")
@@ -65,6 +65,7 @@ def test_the_commands_of_the_page_run(place: Path, capsys: pytest.CaptureFixture
     smaller = RankPlan.load(place / "plan-2" / "plan.json")
     assert {row.rank % 2 for row in smaller.modules.values()} == {0}
     assert smaller.count().total < made.count().total
+    assert RankPlan.load(place / "plan-shuffled" / "plan.json").provenance["control"] == "shuffled"
     (place / "family.toml").write_text('base = "base"\nplan = "plan/plan.json"\nout = "family"\n')
     treadle("treadle family new family.toml")
     grown("family", "mood").save(place / "adapters" / "mood")

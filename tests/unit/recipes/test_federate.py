@@ -88,7 +88,8 @@ def test_every_variant_makes_an_adapter_that_says_what_it_is(root: Path, name: s
     assert said["variant"] == name
     assert said["aggregation"] == ("inexact" if name in ("fedit", "flora") else "exact")
     missed = max(report.missed for report in made.reports)
-    assert (missed > 1e-4) == (name in ("fedit", "flora"))
+    # Rounding leaves 5e-8; flora, whose silos draw their rows afresh each time, from 1e-4 upwards.
+    assert (missed > 1e-6) == (name in ("fedit", "flora"))
     if moved:
         own = AdapterFamily.of_tensors(
             base=family.base,
