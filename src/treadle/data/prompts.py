@@ -110,7 +110,7 @@ def value_of(row: Row, name: str, *, place: int | None = None, where: object = N
             raise InputError(f"field {name!r} holds a {kind}, not a list", where=where, remedy=f"write {{{name}}}")
         if place >= len(value):
             raise InputError(
-                f"field {name!r} holds {len(value)}: none is {name}[{place}]", where=where, remedy="name one"
+                f"field {name!r} holds {len(value)}: none is {name}[{place}]", where=where, remedy="places count from 0"
             )
         name, value = f"{name}[{place}]", value[place]
     if not isinstance(value, str | int | float):

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from treadle.errors import InputError, MismatchError
 from treadle.family.plan import LayerShape, RankPlan
-from treadle.ranks.controls import Control, controls
+from treadle.ranks.controls import Control, shared_scores
 from treadle.ranks.rules import RuleName, rule_of
 from treadle.ranks.scores import ProbeScores
 from treadle.ranks.ties import Ties, groups_of
@@ -200,8 +200,8 @@ def plan_of_scores(
     chosen = settings or AllocationSettings()
     if control == "uniform":
         chosen = replace(chosen, rule="largest-remainder", minimum=chosen.least)
-    means = scores.means() if control is None else controls(scores, seed=scores.seed)[control]
-    plan = allocate(means, scores.shapes(), budget=budget, settings=chosen)
+    shared = shared_scores(scores, control, seed=scores.seed)
+    plan = allocate(shared, scores.shapes(), budget=budget, settings=chosen)
     origin = {
         "probe": scores.probe,
         "probe_settings": json.dumps(dict(scores.settings)),

@@ -53,3 +53,8 @@ def controls(scores: ProbeScores, *, seed: int) -> Mapping[Control, dict[str, fl
         "shuffled-in-shape": shuffled_scores(scores, seed=seed, among="shape"),
         "reversed": reversed_scores(scores),
     }
+
+
+def shared_scores(scores: ProbeScores, control: Control | None, *, seed: int) -> dict[str, float]:
+    """Module → what is shared out: the control's score or, without a control, the probe's."""
+    return scores.means() if control is None else controls(scores, seed=seed)[control]

@@ -30,7 +30,7 @@ from treadle.family.plan import RankPlan
 from treadle.models.loading import identity_of, is_causal, load_model
 from treadle.progress import Progress, silent
 from treadle.ranks.allocation import AllocationSettings, allocate, mean_rank_budget
-from treadle.ranks.controls import controls
+from treadle.ranks.controls import shared_scores
 from treadle.ranks.eva import EvaSettings
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.probes import probe_scores
@@ -245,7 +245,7 @@ def reported(config: RankWorthRun, runs: Sequence[Mapping[str, object]]) -> list
 def plan_of(arm: RankArm, scores: ProbeScores, *, mean_rank: int, seed: int) -> RankPlan:
     """The arm's plan at the parameters of the uniform plan of this rank; a shuffle is drawn from the seed."""
     shapes = scores.shapes()
-    own = scores.means() if arm.control is None else controls(scores, seed=seed)[arm.control]
+    own = shared_scores(scores, arm.control, seed=seed)
     return allocate(own, shapes, budget=mean_rank_budget(shapes, mean_rank), settings=AllocationSettings(arm.rule))
 
 
