@@ -8,3 +8,8 @@ Progress = Callable[[str, int, int], None]
 
 def silent(description: str, done: int, total: int) -> None:
     """The progress of somebody who does not want to know."""
+
+
+def part(progress: Progress, name: str) -> Progress:
+    """The progress of a part, whose every line begins with its name."""
+    return lambda description, done, total: progress(f"{name}: {description}", done, total)

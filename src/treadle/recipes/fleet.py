@@ -23,7 +23,7 @@ from treadle.family.family import AdapterFamily
 from treadle.family.injection import linear_shapes
 from treadle.family.plan import RankPlan
 from treadle.models.loading import identity_of, load_model, load_tokenizer
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.ranks.allocation import plan_of_scores
 from treadle.ranks.inputs import ProbeInputs
 from treadle.ranks.probes import probe_scores
@@ -154,9 +154,7 @@ def _adapter(
     if not folder.exists():
         examples = training_examples(config, task)
 
-        def told(description: str, done: int, total: int) -> None:
-            progress(f"training {task.name}: {description}", done, total)
-
+        told = part(progress, f"training {task.name}")
         result = train_sft(
             model,
             tokenizer,

@@ -17,8 +17,10 @@ from treadle.family.family import AdapterFamily
 from treadle.family.plan import RankPlan
 from treadle.family.resize import resized_family
 from treadle.partition.regions import shuffled
+from treadle.progress import part
 from treadle.ranks.allocation import AllocationSettings, Budget, allocate
-from treadle.train.stages.training import WARM_UP, Run, Staged, train_in_stages
+from treadle.train.stages.run import Run
+from treadle.train.stages.training import WARM_UP, Staged, train_in_stages
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,7 @@ def ablated(name: Ablation, run: Run, made: Staged) -> Ablated:
         case "reversed":
             plan = replace(plan, stages=plan.stages[::-1])
 
-    def told(description: str, done: int, total: int) -> None:
-        run.progress(f"{name}: {description}", done, total)
-
+    told = part(run.progress, name)
     again = replace(
         run,
         family=family,

@@ -35,7 +35,8 @@ from treadle.recipes.train import alone, data_name
 from treadle.train.rows import data_sha256
 from treadle.train.stages.acting import acting, all_ranks
 from treadle.train.stages.factors import Factors
-from treadle.train.stages.training import Assigned, Partition, Plan, Run, Staged, System, train_in_stages
+from treadle.train.stages.run import Assigned, Partition, Plan, Run, System
+from treadle.train.stages.training import Staged, train_in_stages
 
 METHOD = "lora-par"
 _SHOWN = 3

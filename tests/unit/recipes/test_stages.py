@@ -24,7 +24,8 @@ from treadle.recipes.bank import AdapterPath, PublicSource, build_bank
 from treadle.reports import pages
 from treadle.reports.regions import region_map
 from treadle.toml import checked
-from treadle.train.stages.training import Run, Staged
+from treadle.train.stages.run import Run
+from treadle.train.stages.training import Staged
 
 TOML = """
 base = "{root}/base"

@@ -13,7 +13,7 @@ from treadle.configs.bench.routing_quality import DemoQualityRun, Suite
 from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun
 from treadle.errors import InputError
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.evaluate import MEAN_OF_TASKS, Evaluation, evaluate_bank
 from treadle.recipes.fleet import grow_fleet
@@ -62,9 +62,7 @@ def _run(
     if suite.files and data is None:
         raise InputError(f"suite {suite.name!r} needs data files", remedy="pass --data DIR")
 
-    def told(description: str, at: int, total: int) -> None:
-        progress(f"{suite.name}, seed {seed}: {description}", at, total)
-
+    told = part(progress, f"{suite.name}, seed {seed}")
     fleet = grow_fleet(_fleet(config, suite, seed, work=work, data=data), told)
     tables = [
         evaluate_bank(fleet.bank, fleet.model, fleet.tokenizer, fleet.tasks, asked, told)

@@ -21,7 +21,7 @@ from treadle.recipes.bench.par_trials import Trial, World, arm_row, best_factor,
 from treadle.recipes.bench.par_world import RECALL, SUMS, WorldSize, base_of, facts_of, metric_of, sums_of
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
 from treadle.train.rows import shuffled
-from treadle.train.stages.training import System
+from treadle.train.stages.run import System
 
 NAME = "par-claims"
 Config = TypeVar("Config", bound=ParWorldRun)

@@ -21,7 +21,7 @@ from treadle.models.loading import model_folder
 from treadle.progress import Progress, silent
 from treadle.recipes.bench.par_trials import Trial, World, arm_row, paired, reported, run_trials
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs
-from treadle.train.stages.training import System
+from treadle.train.stages.run import System
 
 NAME = "par-smollm2"
 FIRST, SECOND = "first", "second"

@@ -25,8 +25,9 @@ from treadle.models.loading import load_model, load_tokenizer
 from treadle.partition.regions import shuffled as shuffled_regions
 from treadle.progress import Progress
 from treadle.recipes.bench.result import commit, finished_runs, is_recorded, record_run
+from treadle.train.stages.run import Assigned, Partition, Plan, Run, System
 from treadle.train.stages.settings import Stage
-from treadle.train.stages.training import Assigned, Partition, Plan, Run, Staged, System, train_in_stages
+from treadle.train.stages.training import Staged, train_in_stages
 
 WARM_UP = "warm-up"
 _BASE = "base_sha256"

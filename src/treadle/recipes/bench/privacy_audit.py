@@ -23,7 +23,7 @@ from treadle.data.tasks import load_task
 from treadle.errors import InputError
 from treadle.privacy.audit import Guesses
 from treadle.privacy.noise import SystemRandomness
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.randomness import uniform
 from treadle.recipes.audit import (
     EVERY_STEP,
@@ -124,10 +124,8 @@ def quick_privacy_audit(config: PrivacyAuditRun, *, work: Path, progress: Progre
 
 
 def _run(config: PrivacyAuditRun, trained: Subject, arm: Arm, seed: int, progress: Progress) -> dict[str, object]:
-    def told(description: str, at: int, total: int) -> None:
-        bug = " with a planted bug" if arm.planted else ""
-        progress(f"seed {seed}, {arm.kind} at ε = {arm.claim}{bug}: {description}", at, total)
-
+    bug = " with a planted bug" if arm.planted else ""
+    told = part(progress, f"seed {seed}, {arm.kind} at ε = {arm.claim}{bug}")
     training = _training(config, arm)
     claimed = claimed_plan(training, epsilon=arm.epsilon, delta=config.delta)
     plan = with_less_noise(claimed, config.left_noise) if arm.planted else claimed

@@ -23,7 +23,7 @@ from treadle.data.prompts import Example
 from treadle.data.public_text import public_texts
 from treadle.evaluation.answers import Answering, batches, encoded_prompts
 from treadle.family.adapter import Adapter, Provenance
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.recipes.bench.attacks import ATTACKS, INFLATED, SELF_DECLARED, malicious_B, self_declared
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.fleet import Fleet, grow_fleet, training_examples
@@ -113,9 +113,7 @@ def summary(config: RoutingAttackRun, runs: Sequence[Mapping[str, object]]) -> B
 
 
 def _run(config: RoutingAttackRun, seed: int, *, work: Path, progress: Progress) -> dict[str, object]:
-    def told(description: str, at: int, total: int) -> None:
-        progress(f"seed {seed}: {description}", at, total)
-
+    told = part(progress, f"seed {seed}")
     grown = config.fleet.model_copy(update={"seed": seed}).run(config.tasks, out=work / f"attack-{seed}")
     rows = _Attacked(config, grown, grow_fleet(grown, told), told).rows()
     return {"seed": seed, "commit": commit(), "rows": rows}

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from treadle.configs.bench.routing_quality import PublicTextChoice, RoutingCalibrationRun, RoutingQualityRun
 from treadle.data.prompts import Example
 from treadle.data.tasks import load_task
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
@@ -90,9 +90,7 @@ def _run(
     data: Path | None,
     progress: Progress,
 ) -> dict[str, object]:
-    def told(description: str, at: int, total: int) -> None:
-        progress(f"seed {seed}: {description}", at, total)
-
+    told = part(progress, f"seed {seed}")
     fleet = grow_fleet(quality.fleet_run(seed, work=work, data=data), told)
     asked = {
         (task, condition): load_task(task).examples(

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from treadle.configs.bench.routing_quality import RoutingCompositionRun
 from treadle.data.prompts import Example
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.recipes.bench.result import BenchmarkResult, Metric, commit, device_name, finished_runs, record_run
 from treadle.recipes.fleet import Fleet, grow_fleet
 from treadle.routing.decision import Decision, Mixture
@@ -74,9 +74,7 @@ def quick_routing_composition(
 
 
 def _run(config: RoutingCompositionRun, seed: int, *, work: Path, progress: Progress) -> dict[str, object]:
-    def told(description: str, at: int, total: int) -> None:
-        progress(f"seed {seed}: {description}", at, total)
-
+    told = part(progress, f"seed {seed}")
     seeded = config.fleet.model_copy(update={"seed": seed})
     fleet = grow_fleet(seeded.run(config.tasks, out=work / f"composition-{seed}"), told)
     pairs = list(permutations(range(len(fleet.tasks)), 2))

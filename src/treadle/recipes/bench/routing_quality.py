@@ -19,7 +19,7 @@ from treadle.configs.evaluate import EvaluateRun
 from treadle.configs.fleet import FleetRun
 from treadle.data.public_text import overlap
 from treadle.data.tasks import Task
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.recipes.bench.result import (
     BenchmarkResult,
     Metric,
@@ -84,9 +84,7 @@ def barely_trained(config: RoutingQualityRun) -> RoutingQualityRun:
 def _run(
     config: RoutingQualityRun, group: ArmGroup, seed: int, *, work: Path, data: Path | None, progress: Progress
 ) -> dict[str, object]:
-    def told(description: str, at: int, total: int) -> None:
-        progress(f"{group.name}, seed {seed}: {description}", at, total)
-
+    told = part(progress, f"{group.name}, seed {seed}")
     grown = config.fleet_run(seed, work=work, data=data)
     return group_run(config, group, grow_fleet(grown, told), grown, router=work / f"router-{seed}", progress=told)
 

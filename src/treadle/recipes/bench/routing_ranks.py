@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from treadle.configs.bench.routing_quality import ArmGroup, RoutingQualityRun, RoutingRanksRun
-from treadle.progress import Progress, silent
+from treadle.progress import Progress, part, silent
 from treadle.ranks.stability import spearman
 from treadle.recipes.bench.result import (
     BenchmarkResult,
@@ -83,9 +83,7 @@ def _run(
     data: Path | None,
     progress: Progress,
 ) -> dict[str, object]:
-    def told(description: str, at: int, total: int) -> None:
-        progress(f"rank {rank}: {description}", at, total)
-
+    told = part(progress, f"rank {rank}")
     own = rank == quality.fleet.mean_rank
     place = work if own else work / f"rank-{rank}"
     ranked = quality.model_copy(

@@ -10,6 +10,8 @@ supervised  a stage of SFT
 rollouts    a stage of GRPO
 hosting     arguments, records and checkpoints of both
 trl         the trainers themselves
+run         what a run is told: systems, how parameters are shared out among them, stages
+measuring   what each system selects, by importance on its own samples
 state       what a run keeps between its stages
 training    the whole run
 """

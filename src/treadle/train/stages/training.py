@@ -11,123 +11,35 @@ from PiSSA and says nothing of it); regions may be made of whole ranks; a stage 
 """
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treadle import files
-from treadle.data.metrics import Metric
-from treadle.data.prompts import Example
 from treadle.errors import ConfigError, InputError, MismatchError
-from treadle.evaluation.answers import Answering, correct
-from treadle.family.family import AdapterFamily
-from treadle.family.injection import trainable_factors
-from treadle.partition.importance import Measured, Score, measure
-from treadle.partition.region_files import load_regions, save_regions
 from treadle.partition.regions import Regions
 from treadle.partition.units import Mask
-from treadle.progress import Progress, silent
+from treadle.progress import part
 from treadle.train.checkpoint import LOST, check_facts
 from treadle.train.masked import MaskedAdamW, element_masks, masked_gradients
-from treadle.train.objectives import mean_losses
-from treadle.train.rows import Row, encoded, shuffled
-from treadle.train.settings import SftSettings
-from treadle.train.stages.acting import Acting, acting, all_ranks, others_acting
+from treadle.train.rows import Row, shuffled
+from treadle.train.stages.acting import Acting, acting, all_ranks
 from treadle.train.stages.factors import Factors
 from treadle.train.stages.hosting import Hosting, Look, Record, discard, last_checkpoint
+from treadle.train.stages.measuring import selected
 from treadle.train.stages.rewards import Judging, Reward, reward_of
 from treadle.train.stages.rollouts import fitting, train_by_rollouts
+from treadle.train.stages.run import Assigned, Run
 from treadle.train.stages.settings import GrpoStage, SftStage, Stage
-from treadle.train.stages.starts import WITHOUT_IMPORTANCE, Start, started
+from treadle.train.stages.starts import WITHOUT_IMPORTANCE, started
 from treadle.train.stages.state import Facts, Kept, keep, kept
 from treadle.train.stages.supervised import train_supervised
-from treadle.train.unchanged import eval_mode
 
 WARM_UP = "warm-up"
 _SAVE_STEPS = 50
-_ALL = 1 << 30
-_BLOCKS = 8  # of a system's samples: four rows of growing draws
 _OF = "facts.json"
-
-
-@dataclass(frozen=True)
-class System:
-    """What one system learns from and is measured by.
-
-    Attributes:
-        examples: to train on.
-        held_out: to measure accuracy on; empty measures none.
-        metric: how generated answers are judged; None where no reward and no accuracy needs one.
-    """
-
-    examples: Sequence[Example]
-    held_out: Sequence[Example] = ()
-    metric: Metric | None = None
-
-
-@dataclass(frozen=True)
-class Partition:
-    """How parameters are shared out among systems.
-
-    Attributes:
-        start: where A and B begin.
-        moves_A: whether A is trained too.
-        warm_up: before importance is measured; needed where the start has B = 0.
-        granularity: of the regions; "none" trains everything in every stage.
-        score: of importance.
-        theta: share of its importance that a system selects, in (0, 1].
-        samples: of each system, that importance is measured on; where one has fewer, as many of each as that one has.
-        batch_size: of them in one pass.
-        seed: of the start and the choice of samples.
-        control: what is done to the regions afterwards, such as shuffling them for an ablation; says so in their facts.
-    """
-
-    start: Start = "zero"
-    moves_A: bool = False
-    warm_up: SftStage | None = None
-    granularity: Literal["rank", "element", "none"] = "rank"
-    score: Score = "taylor"
-    theta: float = 0.9
-    samples: int = 100
-    batch_size: int = 8
-    seed: int = 0
-    control: Callable[[Regions], Regions] | None = None
-
-    def decisive(self) -> dict[str, str | int | float | bool | None]:
-        """What shapes the regions, by name."""
-        given = {name: value for name, value in asdict(replace(self, control=None)).items() if name != "control"}
-        warm_up = given.pop("warm_up") or {}
-        given.pop("batch_size")
-        return {**given, **{f"warm_up.{name}": value for name, value in warm_up.items()}}
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """A stage with its system and the share of shared parameters that it trains."""
-
-    system: str
-    stage: Stage
-    share: float = 1.0
-
-    def decisive(self, number: int) -> dict[str, str | int | float | bool | None]:
-        """What the stage is told, by name, as the run's stage of that number."""
-        told = {**self.stage.decisive(), "system": self.system, "share": self.share}
-        return {f"stage-{number}.{name}": value for name, value in told.items()}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All choices of a run."""
-
-    partition: Partition
-    stages: Sequence[Assigned]
-    look_steps: int = 0
-    allow_code_execution: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,43 +76,6 @@ class Staged:
     accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run's parts: the model it trains, what on, and where its state is kept."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    family: AdapterFamily
-    systems: Mapping[str, System]
-    plan: Plan
-    folder: Path
-    progress: Progress = silent
-
-    def facts(self) -> dict[str, str | int | float | bool | None]:
-        """What tells this run from others, but for its stages."""
-        return {
-            "family": self.family.fingerprint,
-            **self.plan.partition.decisive(),
-            **{f"data.{name}": _digest(system) for name, system in self.systems.items()},
-        }
-
-    def rows(self, system: str, max_length: int) -> list[Row]:
-        """The system's examples as tokens."""
-        settings = SftSettings(max_length=max_length)
-        return encoded(self.model, self.tokenizer, self.systems[system].examples, settings)
-
-    def accuracy(self) -> dict[str, float]:
-        """System → share of its held-out examples that the model, as it stands, answers rightly."""
-        found: dict[str, float] = {}
-        for name, system in self.systems.items():
-            if system.held_out and system.metric is not None:
-                answering = Answering(allow_code_execution=self.plan.allow_code_execution)
-                with eval_mode(self.model):
-                    right = correct(self.model, self.tokenizer, system.held_out, system.metric, answering)
-                found[name] = sum(right) / len(right)
-        return found
-
-
 def train_in_stages(run: Run) -> Staged:
     """The factors after all stages; a run that was killed continues from its last checkpoint.
 
@@ -224,7 +99,7 @@ def train_in_stages(run: Run) -> Staged:
         rows = _mixture(run, partition.warm_up)
         factors, told = _part(run, first, factors, None, (WARM_UP, partition.warm_up, rows), facts)
         passed.append(told)
-    regions = _regions(run, factors, facts) if partition.granularity != "none" else None
+    regions = selected(run, factors, facts) if partition.granularity != "none" else None
     if regions is not None:
         facts = {**facts, **regions.facts}  # what a control has done to them
     active = [_active(regions, stage, i) if regions else None for i, stage in enumerate(run.plan.stages, 1)]
@@ -307,7 +182,7 @@ def _part(
             _save_steps(stage),
             _look(run),
             run.plan.look_steps,
-            _labelled(run.progress, name),
+            part(run.progress, name),
         )
         with (
             acting(run.model, factors, _ranks(factors, region)) as now,
@@ -393,65 +268,3 @@ def _look(run: Run) -> Look | None:
     if not any(system.held_out for system in run.systems.values()):
         return None
     return lambda step: {f"accuracy/{name}": value for name, value in run.accuracy().items()}
-
-
-def _labelled(progress: Progress, name: str) -> Progress:
-    return lambda description, done, total: progress(f"{name}: {description}", done, total)
-
-
-def _regions(run: Run, factors: Factors, facts: Facts) -> Regions:
-    """What every system selects, from its own samples; from disk if they were measured before."""
-    partition, path = run.plan.partition, run.folder / "regions.safetensors"
-    if path.exists():
-        regions = load_regions(path)
-        check_facts(path, regions.facts, facts)
-    else:
-        found = {name: _sums(run, factors, name) for name in run.systems}
-        regions = Regions.measured(found, theta=partition.theta, score=partition.score, facts=facts)
-        save_regions(regions, path)
-    # The run's facts hold digests of its rows, and regions may leave its folder.
-    regions = replace(regions, facts={"seed": partition.seed, "family": run.family.fingerprint})
-    return partition.control(regions) if partition.control else regions
-
-
-def _longest(run: Run, system: str) -> int:
-    """Tokens of a row that its importance is measured on: as many as training reads, or all where only rewards do."""
-    stages = [assigned.stage for assigned in run.plan.stages if assigned.system == system]
-    read = [stage.max_length for stage in (run.plan.partition.warm_up, *stages) if isinstance(stage, SftStage)]
-    return max(read, default=_ALL)
-
-
-def _digest(system: System) -> str:
-    """Of all that is learnt from and judged by; kept with the state of a run under way, and never handed on."""
-    metric = None if system.metric is None else asdict(system.metric)
-    content = [[asdict(example) for example in system.examples], metric]
-    return hashlib.sha256(files.canonical_json(content)).hexdigest()
-
-
-def _sums(run: Run, factors: Factors, system: str) -> Measured:
-    partition = run.plan.partition
-    assert partition.granularity != "none"
-    rows = run.rows(system, _longest(run, system))
-    # As many of every system: draws of unequal size could not be told from systems that differ.
-    count = min(partition.samples, *(len(each.examples) for each in run.systems.values()))
-    chosen = shuffled(len(rows), partition.seed, f"importance/{system}")[:count]
-    order = sorted(chosen, key=lambda place: rows[place].tokens)
-    size = partition.batch_size
-    batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-    names = list(factors.plan.modules)
-    folded = {name: factors.scaling(name) * factors.lora_B[name] for name in names}
-    moving = names if factors.moves_A else ()
-    with (
-        others_acting(run.model, factors, all_ranks(factors)),
-        trainable_factors(run.model, factors.lora_A, folded, train_A=moving, train_B=names) as (lora_A, lora_B),
-    ):
-        measured = measure(
-            lambda places: mean_losses(run.model, [(rows[i].prompt, rows[i].target) for i in places]).sum(),
-            batches,
-            lora_A=lora_A,
-            lora_B=lora_B,
-            granularity=partition.granularity,
-            blocks=max(2, min(_BLOCKS, count - count % 2)),
-            progress=_labelled(run.progress, system),
-        )
-    return measured.unfolded({name: factors.scaling(name) for name in names})

@@ -19,7 +19,7 @@ def world(
     """model, tokenizer, family, and systems "films" and "letters" of 24 examples each."""
     from treadle.data.metrics import ExactMatch
     from treadle.data.prompts import Example
-    from treadle.train.stages.training import System
+    from treadle.train.stages.run import System
 
     metric = ExactMatch("exact-match", max_new_tokens=2)
     words = [Example(f"film w{i} is", " good" if i % 2 else " bad", "good" if i % 2 else "bad") for i in range(24)]

@@ -25,10 +25,10 @@ from treadle.train.stages.factors import Factors
 from treadle.train.stages.hosting import Hosting, Told, last_checkpoint
 from treadle.train.stages.rewards import Judging, Reward, Rollout, reward_of
 from treadle.train.stages.rollouts import fitting, train_by_rollouts
+from treadle.train.stages.run import System
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import started
 from treadle.train.stages.supervised import train_supervised
-from treadle.train.stages.training import System
 
 SFT = SftStage(learning_rate=0.05, steps=8, batch_size=4, warmup=0.25, weight_decay=0.1)
 GRPO = GrpoStage(

@@ -23,10 +23,12 @@ from treadle.train.objectives import mean_losses
 from treadle.train.rows import shuffled as shuffled_rows
 from treadle.train.stages import training
 from treadle.train.stages.acting import acting, all_ranks
+from treadle.train.stages.measuring import sums
+from treadle.train.stages.run import Assigned, Partition, Plan, Run, System
 from treadle.train.stages.settings import GrpoStage, SftStage
 from treadle.train.stages.starts import started
 from treadle.train.stages.state import Facts, Kept, keep
-from treadle.train.stages.training import Assigned, Partition, Plan, Run, System, train_in_stages
+from treadle.train.stages.training import train_in_stages
 
 WARM_UP = SftStage(learning_rate=0.05, steps=4, batch_size=8)
 SFT = Assigned("films", SftStage(learning_rate=0.05, steps=5, batch_size=4, weight_decay=0.1), 0.5)
@@ -242,7 +244,7 @@ def test_importance_is_that_of_the_parameters_that_train(world: SimpleNamespace,
     partition = Partition(start="pissa", moves_A=True, granularity="element", samples=4)
     run = run_of(world, folder, partition)
     factors = started(world.model, world.family, "pissa", moves_A=True)
-    measured = training._sums(run, factors, "films")
+    measured = sums(run, factors, "films")
     rows = run.rows("films", 512)
     chosen = shuffled_rows(len(rows), partition.seed, "importance/films")[:4]
     first, second = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
@@ -278,7 +280,7 @@ def test_as_many_samples_of_every_system_are_drawn_in_blocks(world: SimpleNamesp
     factors = started(world.model, world.family, "pissa", moves_A=False)
     for samples, counts in ((16, (2, 1, 1, 1, 2, 1, 1, 1)), (5, (2, 1, 1, 1))):
         run = run_of(world, folder, Partition(start="pissa", samples=samples))
-        assert [training._sums(run, factors, system).samples for system in world.systems] == [counts, counts]
+        assert [sums(run, factors, system).samples for system in world.systems] == [counts, counts]
 
 
 @pytest.mark.parametrize("granularity", ["rank", "element"])
