@@ -12,6 +12,10 @@ from treadle.errors import FormatError, InputError, MismatchError
 FORMAT = "treadle.rank-plan/1"
 
 
+EARLIER_TEXT = "earlier_probe_text"
+"""Key of a plan's provenance: the text of a plan before it whose ranks the family still shows."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What a linear layer maps: `in_features` to `out_features`."""
@@ -116,13 +120,15 @@ class RankPlan:
     def unaccounted(self) -> str:
         """Why no ε covers the ranks, "" where no text decided them or a public one did.
 
-        Text that nobody has called public counts as private.
+        Text that nobody has called public counts as private. `earlier_probe_text` is that of a plan whose ranks can
+        still be told from the family's A (`family.resize`).
         """
-        text = self.provenance.get("probe_text", "public")
-        if text.startswith("public"):
-            return ""
-        where = "private text" if text.startswith("private") else "text that nobody states to be public"
-        return f"the rank plan was probed on {where}"
+        for key, plan in (("probe_text", "the rank plan"), (EARLIER_TEXT, "an earlier rank plan, which shows in A,")):
+            text = self.provenance.get(key, "public")
+            if not text.startswith("public"):
+                where = "private text" if text.startswith("private") else "text that nobody states to be public"
+                return f"{plan} was probed on {where}"
+        return ""
 
     def count(self) -> ParameterCount:
         """How many parameters A and B have."""
@@ -231,6 +237,8 @@ def read_modules(
             width, height = row["in_features"], row["out_features"]
             if not isinstance(name, str) or any(type(size) is not int for size in (width, height)):  # bool is an int
                 raise TypeError
+            if min(width, height) < 1:
+                raise ValueError
             made = read(row, LayerShape(width, height))
         except KeyError as error:
             raise FormatError(f"module {name!r}: lacks the key {error}", where=where, remedy=remedy) from error

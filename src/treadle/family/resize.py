@@ -18,7 +18,7 @@ from treadle.algebra import orthonormal_factors, update_norms
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter, within
 from treadle.family.family import INITS, AdapterFamily
-from treadle.family.plan import ModulePlan, RankPlan
+from treadle.family.plan import EARLIER_TEXT, ModulePlan, RankPlan
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def resized_family(family: AdapterFamily, plan: RankPlan) -> AdapterFamily:
     """The family of this plan whose A begin with the rows of `family`'s, or are its first rows.
 
     Of a "kaiming" family it is the very one that `create` makes of the plan with its seed. Of others, new rows are
-    drawn orthonormal to those that are there, and `origin` names the family.
+    drawn orthonormal to those that are there, and `origin` names the family. There the old ranks can be told from A, so
+    that a family whose plan no ε covers makes one that none covers, whatever text the new plan was probed on.
 
     Raises:
         MismatchError: the plan is of another base, or has a module in another shape.
@@ -91,9 +92,17 @@ def resized_family(family: AdapterFamily, plan: RankPlan) -> AdapterFamily:
     }
     drawn = family.init == "kaiming" and not family.origin
     origin = {} if drawn else {**family.origin, "resized_from": family.fingerprint}
+    if origin and family.plan.unaccounted:
+        plan = replace(plan, provenance={**plan.provenance, EARLIER_TEXT: _unaccounted_text(family.plan)})
     return AdapterFamily.of_tensors(
         base=family.base, plan=plan, lora_A=lora_A, init=family.init, seed=family.seed, origin=origin
     )
+
+
+def _unaccounted_text(plan: RankPlan) -> str:
+    """What the text was that a plan has no ε for: its own, or that of one before it."""
+    own = plan.provenance.get("probe_text", "public")
+    return plan.provenance[EARLIER_TEXT] if own.startswith("public") else own
 
 
 def _rows(family: AdapterFamily, name: str, row: ModulePlan, there: Float[Tensor, "rows inner"]) -> Tensor:

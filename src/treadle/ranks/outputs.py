@@ -144,7 +144,8 @@ def disagreement(
     a: Float[Tensor, "*lead texts rest"], b: Float[Tensor, "*lead texts rest"], metric: Metric
 ) -> Float[Tensor, "*lead texts"]:
     """How far the outputs of every text lie apart by the metric, in float32 at least."""
-    difference = a.float() - b.float()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    difference = a.to(wide) - b.to(wide)
     return difference.abs().mean(dim=-1) if metric == "l1" else difference.square().mean(dim=-1).sqrt()
 
 

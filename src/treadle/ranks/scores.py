@@ -163,6 +163,8 @@ class ProbeScores:
             raise
         except InputError as error:  # of values that are no scores; they do not know the file
             raise FormatError(error.what, where=path, remedy=error.remedy) from error
+        if len({(len(score.values), len(score.values[0])) for score in modules.values()}) > 1:
+            raise FormatError("modules have different trials or texts", where=path, remedy="probe again")
         return ProbeScores(modules, probe, settings, seed, digest, _base_of(base, path), text)
 
 
@@ -178,6 +180,9 @@ def _base_of(row: Mapping[str, object] | None, path: Path) -> BaseIdentity | Non
 def _score_of(row: Mapping[str, object], shape: LayerShape) -> ModuleScore:
     """The score of one row of scores.json."""
     table = row["values"]
-    if not isinstance(table, list):
-        raise TypeError
-    return ModuleScore(shape, tuple(tuple(float(value) for value in line) for line in table))
+    if not isinstance(table, list) or any(type(value) not in (int, float) for line in table for value in line):
+        raise TypeError  # bool is an int
+    try:
+        return ModuleScore(shape, tuple(tuple(map(float, line)) for line in table))
+    except OverflowError as error:  # JSON knows integers that no float holds
+        raise ValueError from error

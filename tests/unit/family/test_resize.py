@@ -188,6 +188,24 @@ def test_a_plan_on_private_text_takes_the_epsilon_away(plans: SimpleNamespace) -
     assert json.dumps(dict(told.settings))
 
 
+@pytest.mark.parametrize("init", ["kaiming", "orthonormal"])
+def test_a_family_that_shows_the_ranks_of_a_private_plan_states_no_epsilon_either(
+    plans: SimpleNamespace, init: str
+) -> None:
+    private = replace(plans.flat, provenance={"probe_text": "private"})
+    public = replace(plans.larger, provenance={"probe_text": "public: pydoc"})
+    grown = resized_family(family_of(private, init), public)
+    again = resized_family(grown, replace(plans.smaller, provenance={"probe_text": "public: pydoc"}))
+    for family in (grown, again):
+        told = member_of(family).provenance
+        if init == "kaiming":  # the very family of the public plan: nothing is left of the private one
+            assert family.fingerprint == family_of(family.plan, init).fingerprint
+            assert (family.plan.unaccounted, told.epsilon) == ("", 3.0)
+        else:
+            assert "an earlier rank plan, which shows in A, was probed on private text" in family.plan.unaccounted
+            assert told.epsilon is None
+
+
 def test_a_truncated_adapter_states_no_epsilon_where_private_text_decided_its_ranks(plans: SimpleNamespace) -> None:
     private = replace(plans.smaller, provenance={"probe_text": "private"})
     told = truncated(member_of(family_of(plans.flat, "kaiming")), private).adapter.provenance

@@ -31,6 +31,16 @@ def test_a_draw_is_a_function_of_its_whole_key() -> None:
     assert torch.equal(torch.randn(3, generator=drawn(0, "a", 1)), draws[0, "a", 1])
 
 
+def test_noise_that_single_precision_would_round_away_is_refused() -> None:
+    tensor = torch.randn(8, 8)
+    with pytest.raises(
+        InputError, match=r"noise of scale 1e-05 drowns in the rounding of float32; probe with a scale of"
+    ):
+        noisy(tensor, 1e-5, drawn(0))
+    assert not torch.equal(noisy(tensor, 1e-4, drawn(0)), tensor)
+    assert not torch.equal(noisy(tensor.double(), 1e-5, drawn(0)), tensor.double())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_noise_that_half_precision_would_round_away_is_refused(dtype: torch.dtype) -> None:
     tensor = torch.randn(8, 8).to(dtype)

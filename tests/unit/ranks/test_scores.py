@@ -117,7 +117,12 @@ def row(**changes: object) -> list[object]:
         damaged(modules=row(values=[[float("nan")]])),
         damaged(modules=row(values=[[-1.0]])),
         damaged(modules=row(values=[])),
+        damaged(modules=row(values=[["1.0"]])),
+        damaged(modules=row(values=[[True]])),
+        damaged(modules=row(values=[[10**400]])),
+        damaged(modules=row(values=[[1.0]]) + row(name="c", values=[[1.0], [2.0]])),
         damaged(modules=row(in_features="4")),
+        damaged(modules=row(in_features=-5)),
         damaged(modules=row() * 2),
     ],
 )

@@ -4,7 +4,8 @@ tune:        every arm of every cell on one grid of learning rates, one seed, va
 validation:  every arm at its best rate, on several seeds; the arm and the budget that do best are chosen
 test:        that arm at that budget, uniform and shuffled, on fresh seeds and test rows
 
-All arms have the same parameters of A and B and train B alone, as families do. Where the arms differ they differ in
+All arms have the same budget of parameters of A and B and train B alone, as families do; `floor`, the paper's rule,
+loses part of it, and what an arm has is recorded with each trial. Where the arms differ they differ in
 nothing but the plan: A's rows, the order of the examples and the head are the same for a seed.
 
 Reference: arXiv 2408.09015 (the question); it trains A and B, and holds its ranks against neither shuffled ranks nor
