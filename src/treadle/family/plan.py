@@ -1,7 +1,7 @@
 """The rank plan: how many ranks, and which scaling, every adapted module gets."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -12,8 +12,9 @@ from treadle.errors import FormatError, InputError, MismatchError
 FORMAT = "treadle.rank-plan/1"
 
 
-EARLIER_TEXT = "earlier_probe_text"
-"""Key of a plan's provenance: the text of a plan before it whose ranks the family still shows."""
+_EARLIER = "earlier_probe_text"
+# What a plan's provenance says of probe texts: key → whose ranks they decided.
+_TEXTS = {"probe_text": "the rank plan", _EARLIER: "an earlier rank plan, which shows in A,"}
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,25 @@ class RankPlan:
     def unaccounted(self) -> str:
         """Why no ε covers the ranks, "" where no text decided them or a public one did.
 
-        Text that nobody has called public counts as private. `earlier_probe_text` is that of a plan whose ranks can
-        still be told from the family's A (`family.resize`).
+        Text that nobody has called public counts as private.
         """
-        for key, plan in (("probe_text", "the rank plan"), (EARLIER_TEXT, "an earlier rank plan, which shows in A,")):
-            text = self.provenance.get(key, "public")
-            if not text.startswith("public"):
-                where = "private text" if text.startswith("private") else "text that nobody states to be public"
-                return f"{plan} was probed on {where}"
-        return ""
+        found = self._unaccounted_text
+        if found is None:
+            return ""
+        key, text = found
+        where = "private text" if text.startswith("private") else "text that nobody states to be public"
+        return f"{_TEXTS[key]} was probed on {where}"
+
+    @property
+    def _unaccounted_text(self) -> tuple[str, str] | None:
+        """The first text that is not public: its key in the provenance, and what it is."""
+        told = ((key, self.provenance.get(key, "public")) for key in _TEXTS)
+        return next(((key, text) for key, text in told if not text.startswith("public")), None)
+
+    def showing(self, earlier: "RankPlan") -> "RankPlan":
+        """This plan of a family whose A still shows the ranks of `earlier`: if no ε covers those, none covers these."""
+        found = earlier._unaccounted_text
+        return self if found is None else replace(self, provenance={**self.provenance, _EARLIER: found[1]})
 
     def count(self) -> ParameterCount:
         """How many parameters A and B have."""

@@ -18,7 +18,7 @@ from treadle.algebra import orthonormal_factors, update_norms
 from treadle.errors import MismatchError
 from treadle.family.adapter import Adapter, within
 from treadle.family.family import INITS, AdapterFamily
-from treadle.family.plan import EARLIER_TEXT, ModulePlan, RankPlan
+from treadle.family.plan import ModulePlan, RankPlan
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,11 @@ def resized_family(family: AdapterFamily, plan: RankPlan) -> AdapterFamily:
     }
     drawn = family.init == "kaiming" and not family.origin
     origin = {} if drawn else {**family.origin, "resized_from": family.fingerprint}
-    if origin and family.plan.unaccounted:
-        plan = replace(plan, provenance={**plan.provenance, EARLIER_TEXT: _unaccounted_text(family.plan)})
+    if origin:
+        plan = plan.showing(family.plan)
     return AdapterFamily.of_tensors(
         base=family.base, plan=plan, lora_A=lora_A, init=family.init, seed=family.seed, origin=origin
     )
-
-
-def _unaccounted_text(plan: RankPlan) -> str:
-    """What the text was that a plan has no ε for: its own, or that of one before it."""
-    own = plan.provenance.get("probe_text", "public")
-    return plan.provenance[EARLIER_TEXT] if own.startswith("public") else own
 
 
 def _rows(family: AdapterFamily, name: str, row: ModulePlan, there: Float[Tensor, "rows inner"]) -> Tensor:

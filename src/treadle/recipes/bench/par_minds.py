@@ -4,7 +4,8 @@ every trial   the two stages of `par-claims` in a world of its own, regions of w
 minds         each system's own and shared ranks, an adapter of the family each
 ways          of answering both systems' questions: the sum, either mind, and the bank of both, routed
 
-All ways answer with the same trained ranks, so they are paired by world. Every one is held against the sum of the
+All ways answer with ranks of one training, so they are paired by world; the sum also has those that neither system
+selected, which the warm-up trained and no mind holds. Every one is held against the sum of the
 first arm: of two arms, it is the one that was made to be summed.
 
 Reference: arXiv 2507.20999 (the stages), 2509.18093 (routing); neither routes the minds.
